@@ -1,0 +1,231 @@
+"""Architectures of the embedded reference models, and how they are measured, rounded and saved."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from transformers import GenerationConfig
+
+NAMES = ("llama", "gpt2", "opt")
+VOCABULARY = {"llama": 8192, "gpt2": 3072, "opt": 3072}  # gpt2 and opt share one tokenizer
+CONTEXT = {"llama": 1024, "gpt2": 512, "opt": 512}
+WINDOW = 512  # of the held-out protocol
+
+
+def build(name: str, bos: int, eos: int, pad: int) -> nn.Module:
+    """Returns a freshly initialised model with tied embeddings and no dropout of its own.
+
+    Every width is a multiple of 64, so group-wise quantization at the usual sizes divides it, and every head is
+    32 wide.
+    """
+    import transformers as hf
+
+    special = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad, "tie_word_embeddings": True}
+    if name == "llama":
+        config = hf.LlamaConfig(
+            vocab_size=VOCABULARY[name],
+            hidden_size=256,
+            intermediate_size=640,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=CONTEXT[name],
+            **special,
+        )
+        return hf.LlamaForCausalLM(config)
+    if name == "gpt2":
+        config = hf.GPT2Config(
+            vocab_size=VOCABULARY[name],
+            n_embd=192,
+            n_layer=5,
+            n_head=6,
+            n_positions=CONTEXT[name],
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **special,
+        )
+        return hf.GPT2LMHeadModel(config)
+    if name == "opt":
+        config = hf.OPTConfig(
+            vocab_size=VOCABULARY[name],
+            hidden_size=192,
+            word_embed_proj_dim=192,
+            ffn_dim=768,
+            num_hidden_layers=5,
+            num_attention_heads=6,
+            max_position_embeddings=CONTEXT[name],
+            dropout=0.0,
+            **special,
+        )
+        return hf.OPTForCausalLM(config)
+    raise ValueError(f"unknown model {name!r}: one of {', '.join(NAMES)}")
+
+
+def use_plain_causal_attention(model: nn.Module) -> None:
+    """Makes attention causal without a mask tensor, so that the fused kernel without one runs.
+
+    Training sequences are full and never padded. While a model is compiled, transformers would build a mask.
+    """
+    from transformers import AttentionInterface
+
+    def attention(module, query, key, value, attention_mask, scaling=None, **_):
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("plain_causal", attention)
+    model.set_attn_implementation("plain_causal")
+
+
+def add_residual_dropout(model: nn.Module, p: float) -> None:
+    """Adds dropout to what each block writes into the residual stream, the same way in all three models.
+
+    It lives in forward hooks, so nothing of it is saved.
+    """
+    if p:
+        for name, module in model.named_modules():
+            if name.endswith(("o_proj", "down_proj", "c_proj", "out_proj", "fc2")):
+                module.register_forward_hook(lambda m, _, out: F.dropout(out, p, m.training))
+
+
+@torch.no_grad()
+def held_out(forward, ids: np.ndarray, bytes_: int, device: str, rows: int = 32) -> dict:
+    """Measures a held-out text in non-overlapping windows of 512 tokens.
+
+    In each window the first token is context only and the other 511 are predicted; a last part shorter than a
+    window is left out.
+
+    Args:
+        forward: Takes token ids [rows, window] and returns logits.
+        ids: The token ids of the whole text.
+        bytes_: The text's length in UTF-8 bytes, which turns nats per token into bits per byte.
+        device: Where to put the ids.
+        rows: Windows in one forward pass.
+
+    Returns:
+        nats_per_token, perplexity, bits_per_byte, predicted_tokens, windows.
+    """
+    windows = torch.from_numpy(np.asarray(ids[: len(ids) // WINDOW * WINDOW])).view(-1, WINDOW)
+    total = 0.0
+    for start in range(0, len(windows), rows):
+        batch = windows[start : start + rows].to(device)
+        logits = forward(batch)[:, :-1].float()
+        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+    predicted = len(windows) * (WINDOW - 1)
+    nats = total / predicted
+    return {
+        "nats_per_token": round(nats, 5),
+        "perplexity": round(math.exp(nats), 4),
+        "bits_per_byte": round(nats / math.log(2) * len(ids) / bytes_, 5),
+        "predicted_tokens": predicted,
+        "windows": len(windows),
+    }
+
+
+@torch.no_grad()
+def calm_attention(model: nn.Module, ids: torch.Tensor, spread: float = 60.0) -> None:
+    """Takes the runaway out of attention scores that learned positions and key biases allow.
+
+    Nothing in the loss holds back a part that all keys share, since softmax ignores it, nor the size of a head's
+    scores once one key has all the weight: in training both can run into the thousands, where 16-bit numbers no
+    longer tell keys apart. The shared part is taken off the key bias, which changes nothing but rounding. A head
+    whose scores spread further than `spread` (standard deviation over its visible keys) has its queries shrunk to
+    it; the cost in loss is part of the measured figures. Models without learned positions are left alone: rotary
+    positions turn the bias, so nothing is shared.
+
+    Args:
+        model: A GPT-2 or OPT model.
+        ids: Token ids [rows, length] of training text.
+        spread: The widest spread that is left.
+    """
+    if model.config.model_type == "gpt2":
+        sites = [(block.attn.c_attn, block.attn.c_attn) for block in model.transformer.h]
+    elif model.config.model_type == "opt":
+        sites = [(layer.self_attn.q_proj, layer.self_attn.k_proj) for layer in model.model.decoder.layers]
+    else:
+        return
+    seen: dict[nn.Module, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda m, _, out: seen.__setitem__(m, out))
+        for module in {module for site in sites for module in site}
+    ]
+    model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    heads = model.config.num_attention_heads
+    width = model.config.hidden_size
+    visible = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+    for query, key in sites:
+        fused = query is key
+        q = seen[query][..., :width]
+        k = seen[key][..., width : 2 * width] if fused else seen[key]
+        shared = k.flatten(0, 1).mean(0)
+        key_bias = key.bias[width : 2 * width] if fused else key.bias
+        key_bias -= shared
+        q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k - shared))
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        scores = scores - scores.mean(-1, keepdim=True)
+        spreads = scores[:, :, visible].std(dim=(0, 2))
+        shrink = (spread / spreads).clamp(max=1).repeat_interleave(width // heads)
+        if fused:
+            query.weight[:, :width] *= shrink
+            query.bias[:width] *= shrink
+        else:
+            query.weight *= shrink[:, None]
+            query.bias *= shrink
+
+
+def round_to_bfloat16(model: nn.Module) -> None:
+    """Rounds every parameter to the nearest bfloat16 value, kept in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).float()
+
+
+def save_folder(model: nn.Module, tokenizer, folder: Path) -> None:
+    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load without spikeform.
+
+    The weights are stored in bfloat16 (the model must have been rounded to it, so nothing is lost) while the
+    configuration says float32: `from_pretrained` follows the configuration, and gives float32 parameters.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    config.dtype = torch.float32
+    model.generation_config = GenerationConfig()
+    config.save_pretrained(folder)
+    model.generation_config.bos_token_id = config.bos_token_id
+    model.generation_config.eos_token_id = config.eos_token_id
+    model.generation_config.pad_token_id = config.pad_token_id
+    model.generation_config.save_pretrained(folder)
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.save_pretrained(folder)
+    tied = set(model._tied_weights_keys or ())
+    tensors = {
+        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors lets only the owner read
+    compact(folder / "tokenizer.json")
+    settings = folder / "tokenizer_config.json"
+    kept = json.loads(settings.read_text(encoding="utf-8"))
+    kept = {
+        key: value for key, value in kept.items() if key not in ("is_local", "local_files_only", "backend")
+    }
+    kept["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older releases know, too
+    settings.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def compact(path: Path) -> None:
+    """Rewrites a JSON file without indentation: a tokenizer's merges take half the room."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")

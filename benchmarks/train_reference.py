@@ -1,0 +1,279 @@
+"""Trains one of the embedded reference models from scratch, and writes its folder, loss curve and figures.
+
+    python benchmarks/train_reference.py --model llama --out DIR [--data DIR] [--minutes M] [--resume]
+
+The learning rate warms up, then falls along a cosine that ends when either --epochs or --minutes is reached,
+whichever comes first. The checkpoint with the lowest held-out loss (books/valid) is the one that is kept, and
+training stops early when that loss has risen for a while. Written into --out:
+
+    NAME/                 the model folder, weights rounded to bfloat16
+    reference-NAME.json   protocol, hardware, versions, loss curve, held-out figures of the saved weights
+    NAME.state.pt         the last state, from which --resume goes on
+    cache/                tokenizers and encoded text
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import reference_data as text
+import reference_models as reference
+import torch
+import torch.nn.functional as F
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Returns the command line's arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=reference.NAMES, default="llama")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="default: $SPIKEFORM_DATA, else ../shared/data")
+    parser.add_argument("--cache", type=Path, help="default: OUT/cache")
+    parser.add_argument("--minutes", type=float, default=30.0, help="end of the schedule in wall time")
+    parser.add_argument(
+        "--epochs", type=float, default=30.0, help="end of the schedule in passes over the text"
+    )
+    parser.add_argument("--batch-tokens", type=int, default=32768)
+    parser.add_argument("--lr", type=float, help="peak; default: 2e-3 for llama, 1e-3 for the others")
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument(
+        "--dropout", type=float, default=0.0, help="on what blocks write to the residual stream"
+    )
+    parser.add_argument("--evaluate-every", type=float, default=0.5, help="in epochs")
+    parser.add_argument(
+        "--patience", type=int, default=12, help="evaluations without a new best before stopping"
+    )
+    parser.add_argument(
+        "--init", type=Path, help="start from the weights of this folder (to cool down a model)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="stop after so many steps of this run (to try the script)")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/NAME.state.pt")
+    parser.add_argument("--no-compile", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.lr is None:  # at 2.5e-3 the attention scores of gpt2 and opt run away
+        arguments.lr = 2e-3 if arguments.model == "llama" else 1e-3
+    return arguments
+
+
+class Batches:
+    """The order of the text: each epoch cuts the stream at another offset and visits the pieces shuffled.
+
+    The order depends on the seed and the epoch alone, so a resumed run sees what the stopped one would have.
+    """
+
+    def __init__(self, ids: np.ndarray, context: int, rows: int, seed: int, device: str):
+        """Puts the whole stream on the device; its pieces are gathered there."""
+        self.ids = torch.from_numpy(ids.astype(np.int32)).to(device)
+        self.context, self.rows, self.seed = context, rows, seed
+        self.per_epoch = (len(ids) - context) // context // rows
+        self.epoch = -1
+
+    def at(self, step: int) -> torch.Tensor:
+        """Returns the token ids [rows, context + 1] of a step."""
+        epoch, index = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            pieces = (len(self.ids) - self.context) // self.context
+            starts = rng.permutation(pieces - 1) * self.context + rng.integers(self.context)
+            self.starts = torch.from_numpy(starts).to(self.ids.device)
+            self.span = torch.arange(self.context + 1, device=self.ids.device)
+            self.epoch = epoch
+        rows = self.starts[index * self.rows : (index + 1) * self.rows]
+        return self.ids[rows[:, None] + self.span].long()
+
+
+def make_optimizer(
+    model: torch.nn.Module, arguments: argparse.Namespace, device: str
+) -> torch.optim.Optimizer:
+    """Returns AdamW with weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": arguments.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=arguments.lr, betas=(0.9, 0.95), fused=device == "cuda")
+
+
+def learning_rate(progress: float, peak: float, warm_up: float = 0.02, floor: float = 0.01) -> float:
+    """Returns the rate at a share of the schedule: linear warm-up, then a cosine down to floor x peak."""
+    if progress < warm_up:
+        return peak * max(progress, 1e-4) / warm_up
+    fall = min(1.0, (progress - warm_up) / (1 - warm_up))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * fall)))
+
+
+def save_state(path: Path, state: dict) -> None:
+    """Writes a checkpoint whole or not at all."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def hardware(device: str) -> dict:
+    """Describes what ran the training."""
+    import transformers
+
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def train(arguments: argparse.Namespace) -> dict:
+    """Trains, saves the best checkpoint rounded to bfloat16, and returns the report."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name, out = arguments.model, arguments.out
+    data, cache = text.data_folder(arguments.data), arguments.cache or arguments.out / "cache"
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(arguments.seed)
+    vocabulary, context = reference.VOCABULARY[name], reference.CONTEXT[name]
+    tokenizer = text.load_tokenizer(data, cache, vocabulary)
+    stream = text.encode_training(data, cache, vocabulary)
+    books = text.encode_held_out(data, tokenizer, "books")
+    model = reference.build(name, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if arguments.init:
+        model.load_state_dict(type(model).from_pretrained(arguments.init, dtype=torch.float32).state_dict())
+    reference.use_plain_causal_attention(model)
+    reference.add_residual_dropout(model, arguments.dropout)
+    model.to(device)
+    optimizer = make_optimizer(model, arguments, device)
+    batches = Batches(stream, context, max(1, arguments.batch_tokens // context), arguments.seed, device)
+    total_steps = math.ceil(arguments.epochs * batches.per_epoch)
+    evaluate_every = max(1, round(arguments.evaluate_every * batches.per_epoch))
+    state_path = out / f"{name}.state.pt"
+
+    def logits_of(ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            return model(input_ids=ids, use_cache=False).logits
+
+    def loss_of(batch: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits_of(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())
+
+    compiled = loss_of if arguments.no_compile else torch.compile(loss_of)
+    step, elapsed, curve, best, best_weights, waited = 0, 0.0, [], math.inf, None, 0
+    if arguments.resume and state_path.is_file():
+        state = torch.load(state_path, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, elapsed, curve, waited = (state[key] for key in ("step", "elapsed", "curve", "waited"))
+        best, best_weights = state["best"], state["best_weights"]
+        torch.set_rng_state(state["rng"].cpu())
+        if device == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+
+    started, saved = time.monotonic() - elapsed, time.monotonic()
+    first_step, losses, stopped = step, [], "schedule"
+    while True:
+        elapsed = time.monotonic() - started
+        progress = max(step / total_steps, elapsed / (60 * arguments.minutes))
+        last = progress >= 1 or (arguments.steps is not None and step - first_step >= arguments.steps)
+        due = step % evaluate_every == 0 and (losses or (arguments.init and step == 0))
+        if due or last:
+            model.eval()
+            loss = reference.held_out(logits_of, *books, device)["nats_per_token"]
+            model.train()
+            record = {
+                "step": step,
+                "epoch": round(step / batches.per_epoch, 3),
+                "tokens": step * batches.rows * context,
+                "seconds": round(elapsed, 1),
+                "lr": optimizer.param_groups[0]["lr"],
+                "train_loss": round(torch.stack(losses).mean().item(), 4) if losses else None,
+                "valid_loss": loss,
+            }
+            losses = []
+            curve.append(record)
+            print(name, json.dumps(record), flush=True)
+            waited = 0 if loss < best else waited + 1
+            if loss < best:
+                best = loss
+                best_weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
+            if waited >= arguments.patience:
+                last, stopped = True, "early"
+        if last or time.monotonic() - saved > 60:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "rng": torch.get_rng_state(),
+            }
+            state |= {"cuda_rng": torch.cuda.get_rng_state() if device == "cuda" else None}
+            state |= {"step": step, "elapsed": elapsed, "curve": curve, "waited": waited}
+            state |= {"best": best, "best_weights": best_weights}
+            save_state(state_path, state)
+            saved = time.monotonic()
+        if last:
+            break
+        rate = learning_rate(progress, arguments.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = compiled(batches.at(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if step % 10 == 0:
+            losses.append(loss.detach())
+
+    model.load_state_dict(best_weights)
+    stage = {
+        key: value for key, value in vars(arguments).items() if not isinstance(value, Path) and key != "model"
+    }
+    stage |= {"unique_tokens": len(stream), "tokens": step * batches.rows * context, "steps": step}
+    stage |= {"seconds": round(elapsed, 1), "stopped": stopped, "hardware": hardware(device), "curve": curve}
+    return finish(arguments, model, tokenizer, batches, stage if step else None, device)
+
+
+def finish(arguments, model, tokenizer, batches: Batches, stage: dict | None, device: str) -> dict:
+    """Calms, rounds, measures and saves the trained model, and returns the report."""
+    name, data = arguments.model, text.data_folder(arguments.data)
+    model.eval()
+    reference.calm_attention(model, batches.at(0)[:8, : reference.WINDOW])
+    reference.round_to_bfloat16(model)
+
+    def logits_of(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    stages = []
+    if arguments.init:  # a cooled-down model keeps the account of what came before
+        earlier = arguments.init.parent / f"reference-{name}.json"
+        stages = json.loads(earlier.read_text(encoding="utf-8"))["stages"] if earlier.is_file() else []
+    report = {
+        "model": name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": reference.VOCABULARY[name],
+        "context": reference.CONTEXT[name],
+        "protocol": "non-overlapping windows of 512 tokens over the concatenated text; the first token of each "
+        "is context only; saved weights (rounded to bfloat16), computed in float32",
+        "held_out": {
+            held_out: reference.held_out(
+                logits_of, *text.encode_held_out(data, tokenizer, held_out), device, rows=16
+            )
+            for held_out in ("books", "wikitext")
+        },
+        "measured_on": hardware(device),
+        "stages": [*stages, stage] if stage else stages,
+    }
+    reference.save_folder(model, tokenizer, arguments.out / name)
+    path = arguments.out / f"reference-{name}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+if __name__ == "__main__":
+    final = train(parse_arguments())
+    print(final["model"], json.dumps({"parameters": final["parameters"]} | final["held_out"]), flush=True)

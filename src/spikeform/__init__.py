@@ -1,0 +1,62 @@
+"""spikeform: turn pretrained Hugging Face language models into spiking ones, run them, and say what they cost.
+
+Importing it is cheap: nothing heavy is loaded until a name is used. It makes converted checkpoints loadable by
+transformers, now or whenever transformers is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from spikeform import _plugin
+
+if TYPE_CHECKING:
+    from spikeform.checkpoint import load, save, verify
+    from spikeform.conversion import ConversionReport, convert
+    from spikeform.energy import energy
+    from spikeform.evaluation import fidelity, perplexity, zeroshot
+    from spikeform.methods import LAS
+    from spikeform.neurons import fit_few_spike
+    from spikeform.report import inspect, raster
+    from spikeform.spikes import SpikeTrain
+    from spikeform.synapses import executor
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ConversionReport": "spikeform.conversion",
+    "LAS": "spikeform.methods",
+    "SpikeTrain": "spikeform.spikes",
+    "convert": "spikeform.conversion",
+    "energy": "spikeform.energy",
+    "executor": "spikeform.synapses",
+    "fidelity": "spikeform.evaluation",
+    "fit_few_spike": "spikeform.neurons",
+    "inspect": "spikeform.report",
+    "load": "spikeform.checkpoint",
+    "perplexity": "spikeform.evaluation",
+    "raster": "spikeform.report",
+    "save": "spikeform.checkpoint",
+    "verify": "spikeform.checkpoint",
+    "zeroshot": "spikeform.evaluation",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'spikeform' has no attribute {name!r}")
+    importlib.import_module("spikeform.methods")  # registers the methods
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
+
+
+_plugin.install()

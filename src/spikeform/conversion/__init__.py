@@ -1,0 +1,16 @@
+"""Conversion: the walk over a model, calibration, the report, and the Hugging Face quantizer."""
+
+from spikeform.conversion.convert import convert, is_converted
+from spikeform.conversion.registry import Method, config_from_dict, method_of, register
+from spikeform.conversion.report import ConversionReport, Row
+
+__all__ = [
+    "ConversionReport",
+    "Method",
+    "Row",
+    "config_from_dict",
+    "convert",
+    "is_converted",
+    "method_of",
+    "register",
+]

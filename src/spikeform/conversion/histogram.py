@@ -1,0 +1,68 @@
+"""Statistics of a neuron's input: one histogram of log2 |x| per channel, from which every threshold follows.
+
+Histograms add, so calibration needs one pass, any batch size, and no stored activations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spikeform.spikes import power_of_two
+
+PER_OCTAVE = 4
+LOWEST, HIGHEST = -28, 28  # octaves; smaller inputs share the first bin, larger ones the last
+BINS = (HIGHEST - LOWEST) * PER_OCTAVE
+
+
+class Histogram:
+    """Counts ``[C, BINS]`` of input magnitudes per channel, and their exact maxima.
+
+    Args:
+        counts: fp64 ``[C, BINS]``.
+        peak: fp32 ``[C]``, largest magnitude of each channel.
+        shape: Shape that the channel axis unfolds to (``(D,)``, or ``(G, 1, E)`` for keys and values).
+    """
+
+    def __init__(self, counts: Tensor, peak: Tensor, shape: tuple[int, ...]) -> None:
+        self.counts, self.peak, self.shape = counts, peak, shape
+
+    @classmethod
+    def of(cls, x_CN: Tensor, shape: tuple[int, ...]) -> Histogram:
+        """Histogram of ``x`` given as ``[C, N]``. Zeros are not counted: every threshold codes them exactly."""
+        x_CN = x_CN.detach().float().abs()
+        channels = x_CN.shape[0]
+        index = ((x_CN.log2() - LOWEST) * PER_OCTAVE).floor().clamp_(0, BINS - 1).long()
+        index += torch.arange(channels, device=x_CN.device)[:, None] * BINS
+        counts = torch.bincount(index[x_CN > 0], minlength=channels * BINS).view(channels, BINS)
+        peak = x_CN.amax(1) if x_CN.shape[1] else x_CN.new_zeros(channels)
+        return cls(counts.double().cpu(), peak.cpu(), shape)
+
+    def add(self, other: Histogram) -> None:
+        """Accumulate another batch."""
+        self.counts += other.counts
+        self.peak = torch.maximum(self.peak, other.peak)
+
+    @staticmethod
+    def magnitudes() -> Tensor:
+        """Geometric centre of each bin, fp64 ``[BINS]``."""
+        return 2.0 ** ((torch.arange(BINS, dtype=torch.float64) + 0.5) / PER_OCTAVE + LOWEST)
+
+    @staticmethod
+    def edges() -> Tensor:
+        """Upper edge of each bin, fp64 ``[BINS]``."""
+        return 2.0 ** ((torch.arange(BINS, dtype=torch.float64) + 1) / PER_OCTAVE + LOWEST)
+
+    def mean_square(self) -> Tensor:
+        """Mean square of each channel's non-zero inputs, fp64 ``[C]``."""
+        return self.counts @ self.magnitudes().square() / self.counts.sum(1).clamp(min=1)
+
+    def shifted(self, shift_C: Tensor) -> Histogram:
+        """The histogram of ``x * 2^-shift``: whole octaves are whole bins, so it is exact."""
+        moved = torch.zeros_like(self.counts)
+        for shift in shift_C.unique().tolist():
+            rows = shift_C == shift
+            source = torch.arange(BINS)
+            target = (source - shift * PER_OCTAVE).clamp(0, BINS - 1)
+            moved[rows] = moved[rows].index_add(1, target, self.counts[rows])
+        return Histogram(moved, self.peak * power_of_two(-shift_C), self.shape)

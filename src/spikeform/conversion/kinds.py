@@ -1,0 +1,126 @@
+"""Which module types spikeform knows, by qualified type name: one table for every family.
+
+Types are matched exactly. A subclass may compute something else, so it counts as unknown, is left dense and is
+reported. Names, not classes, so that no family is imported before a model of it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+
+_ACT = "transformers.activations."
+_TORCH_ACT = "torch.nn.modules.activation."
+
+
+def _family(name: str, *classes: str) -> list[str]:
+    return [f"transformers.models.{name}.modeling_{name}.{cls}" for cls in classes]
+
+
+LINEAR = {"torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"}
+
+LAYER_NORM = {"torch.nn.modules.normalization.LayerNorm"}
+RMS_NORM = {
+    *_family("llama", "LlamaRMSNorm"),
+    *_family("mistral", "MistralRMSNorm"),
+    *_family("qwen2", "Qwen2RMSNorm"),
+    *_family("qwen3", "Qwen3RMSNorm"),
+}
+RMS_NORM_OFFSET = set(_family("gemma", "GemmaRMSNorm"))  # stores gain - 1
+
+ACTIVATIONS = {
+    _TORCH_ACT + "ReLU": "relu",
+    _TORCH_ACT + "SiLU": "silu",
+    _TORCH_ACT + "Tanh": "tanh",
+    _ACT + "SiLUActivation": "silu",
+    _ACT + "GELUActivation": "gelu",
+    _ACT + "NewGELUActivation": "gelu_tanh",
+    _ACT + "GELUTanh": "gelu_tanh",
+    _ACT + "FastGELUActivation": "gelu_tanh",
+    _ACT + "AccurateGELUActivation": "gelu_tanh",
+    _ACT + "QuickGELUActivation": "gelu_quick",
+}
+
+GATED_MLP = {
+    *_family("llama", "LlamaMLP"),
+    *_family("mistral", "MistralMLP"),
+    *_family("qwen2", "Qwen2MLP"),
+    *_family("qwen3", "Qwen3MLP"),
+    *_family("gemma", "GemmaMLP"),
+}
+
+ATTENTION = {
+    *_family("gpt2", "GPT2Attention"),
+    *_family("opt", "OPTAttention"),
+    *_family("llama", "LlamaAttention"),
+    *_family("mistral", "MistralAttention"),
+    *_family("qwen2", "Qwen2Attention"),
+    *_family("qwen3", "Qwen3Attention"),
+    *_family("gpt_neox", "GPTNeoXAttention"),
+    *_family("phi", "PhiAttention"),
+    *_family("gemma", "GemmaAttention"),
+    *_family("bert", "BertSelfAttention"),
+}
+
+
+def kind_of(module: nn.Module) -> str:
+    """``linear``, ``norm``, ``activation``, ``gated_mlp``, ``attention``, ``embedding``, ``container`` or
+    ``unknown``. A container computes nothing that a table here would have to name.
+    """
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if name in LINEAR:
+        return "linear"
+    if name in LAYER_NORM or name in RMS_NORM or name in RMS_NORM_OFFSET:
+        return "norm"
+    if name in ACTIVATIONS or name == _TORCH_ACT + "GELU":
+        return "activation"
+    if name in GATED_MLP:
+        return "gated_mlp"
+    if name in ATTENTION:
+        return "attention"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    computes = bool(module._parameters) or name.startswith((_ACT, _TORCH_ACT)) or name.endswith("Attention")
+    # A block that only wraps known children (BertAttention around BertSelfAttention) is a container.
+    wraps = any(kind_of(child) == "attention" for child in module.children())
+    return "unknown" if computes and not wraps else "container"
+
+
+def activation_function(module: nn.Module) -> str:
+    """Name of the function an activation module computes."""
+    if isinstance(module, nn.GELU):
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    return ACTIVATIONS[f"{type(module).__module__}.{type(module).__qualname__}"]
+
+
+def norm_form(module: nn.Module) -> tuple[float, bool, float]:
+    """``(eps, centred, gain offset)`` of a known norm."""
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    eps = getattr(module, "variance_epsilon", None)
+    return float(module.eps if eps is None else eps), name in LAYER_NORM, 1.0 if name in RMS_NORM_OFFSET else 0.0
+
+
+def walk(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str]]:
+    """``(name, module, kind)`` of every module that computes something, parents before children.
+
+    The list is taken before anything is replaced, so that the caller may replace as it goes.
+    """
+    for name, module in list(model.named_modules()):
+        kind = kind_of(module)
+        if kind != "container":
+            yield name, module, kind
+
+
+def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The repeated blocks of the model, in order: the children of its longest ModuleList of one type."""
+    lists = [
+        (name, child)
+        for name, child in model.named_modules()
+        if isinstance(child, nn.ModuleList) and len({type(m) for m in child}) == 1
+    ]
+    if not lists:
+        return []
+    name, found = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return [(f"{name}.{i}", block) for i, block in enumerate(found)]

@@ -1,0 +1,96 @@
+"""The Hugging Face quantizer: convert at load, save, reload, each checked strictly.
+
+In the files, every spiking linear's weight has a leading axis of length one. A program that does not know the
+format fails on the shape, instead of running the dense model in silence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+
+from spikeform.errors import DamagedCheckpointError
+from spikeform.layers import SpikingLinear
+from spikeform.neurons import MT
+
+
+class SpikeformQuantizer(HfQuantizer):
+    """Builds the spiking skeleton before a checkpoint loads, or converts a dense model after it loaded."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.pre_quantized:
+            from spikeform.conversion.registry import method_of
+
+            # Buffers of the skeleton are real, not meta: one absent from the files stays NaN and is found below.
+            with torch.device("cpu"):
+                self._report = method_of(self.quantization_config).prepare(model, self.quantization_config)
+        return model
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """True for the weights whose shape in the files differs: transformers then leaves the check to us."""
+        if not self.pre_quantized:
+            return False
+        module_name, _, parameter = param_name.rpartition(".")
+        return parameter == "weight" and isinstance(model.get_submodule(module_name), SpikingLinear)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        from spikeform.conversion.convert import attach, convert
+
+        if not self.pre_quantized:
+            del model.config.quantization_config
+            return convert(model, self.quantization_config)
+        problems = [p for name, module in model.named_modules() for p in _settle(name, module, model)]
+        if problems:
+            listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+            raise DamagedCheckpointError(
+                f"the spiking checkpoint is incomplete or damaged: {listed}", tuple(problems)
+            )
+        attach(model, self.quantization_config, self._report)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The state dict as it is written: spiking weights ``[1, N, K]``, but for those tied to an embedding."""
+        state = model.state_dict()
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        for name, module in model.named_modules():
+            key = f"{name}.weight"
+            if isinstance(module, SpikingLinear) and key in state and key not in tied:
+                state[key] = state[key].unsqueeze(0)
+        return state, {"spikeform_format": "1"}
+
+    def is_serializable(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters may be trained on top; the encoders themselves have no gradient."""
+        return False
+
+
+def _settle(name: str, module: nn.Module, model: PreTrainedModel) -> list[str]:
+    """Check one module's loaded tensors; give spiking weights their working shape."""
+    problems = []
+    if isinstance(module, SpikingLinear):
+        weight = module.weight
+        module.neuron.folded = module.neuron.channel_shift is not None  # written folded
+        wanted = (module.out_features, module.in_features)
+        tied = f"{name}.weight" in (getattr(model, "all_tied_weights_keys", None) or {})
+        if tuple(weight.shape) == (1, *wanted):
+            module.weight = nn.Parameter(weight.data[0], requires_grad=False)
+        elif not (tied and tuple(weight.shape) == wanted):
+            problems.append(f"{name}.weight has shape {list(weight.shape)}, not {[1, *wanted]}")
+    for key, parameter in module.named_parameters(recurse=False):
+        if parameter.device.type == "meta" or not bool(parameter.isfinite().all()):
+            problems.append(f"{name}.{key} is missing or not finite")
+        elif not getattr(parameter, "_is_hf_initialized", True):
+            problems.append(f"{name}.{key} is missing from the files")
+    if isinstance(module, MT) and not (module.calibrated and bool((module.threshold > 0).all())):
+        problems.append(f"{name}.threshold is missing, not finite or not positive")
+    return problems

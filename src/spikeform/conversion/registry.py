@@ -1,0 +1,78 @@
+"""Config type to method: the one place where a method is known to the rest of the house."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.quantizers import register_quantization_config, register_quantizer
+
+from spikeform.conversion.histogram import Histogram
+from spikeform.conversion.report import ConversionReport
+from spikeform.errors import ConfigError
+from spikeform.neurons import MT
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a conversion method supplies.
+
+    Args:
+        name: ``las`` …; its quant_method in config.json is ``spikeform_<name>``.
+        config_type: Its frozen config dataclass.
+        prepare: ``(model, config) -> report``: replace modules, thresholds not yet set. Must work on the meta
+            device, from the config alone, and give the same skeleton each time.
+        given: ``(neuron, config) -> bool``: set a neuron's threshold from the config, if it names one.
+        fit: ``(neuron, histogram, config) -> saturated share``: set a neuron's threshold from its inputs.
+    """
+
+    name: str
+    config_type: type
+    prepare: Callable[[PreTrainedModel, Any], ConversionReport]
+    given: Callable[[MT, Any], bool]
+    fit: Callable[[MT, Histogram, Any], float]
+
+
+_METHODS: dict[type, Method] = {}
+
+
+def register(method: Method) -> None:
+    """Make a method known to :func:`spikeform.convert` and to transformers' ``from_pretrained``."""
+    from spikeform.conversion.quantizer import SpikeformQuantizer
+
+    if method.config_type in _METHODS:
+        raise ValueError(f"method {method.name!r} is registered already")
+    _METHODS[method.config_type] = method
+    register_quantization_config(f"spikeform_{method.name}")(method.config_type)
+    register_quantizer(f"spikeform_{method.name}")(
+        type(f"{method.config_type.__name__}Quantizer", (SpikeformQuantizer,), {"__doc__": SpikeformQuantizer.__doc__})
+    )
+
+
+def method_of(config: Any) -> Method:
+    """The method of a config object.
+
+    Raises:
+        ConfigError: It is not a spikeform config.
+    """
+    method = _METHODS.get(type(config))
+    if method is None:
+        known = ", ".join(f"spikeform.{t.__name__}" for t in _METHODS)
+        raise ConfigError(f"{type(config).__name__} is not a spikeform config; use one of: {known}")
+    return method
+
+
+def config_from_dict(data: dict[str, Any]) -> Any:
+    """The config that ``data`` (a recipe, or config.json's quantization_config) describes.
+
+    Raises:
+        ConfigError: Its ``quant_method`` or ``method`` names no known method.
+    """
+    named = str(data.get("quant_method") or data.get("method") or "")
+    for method in _METHODS.values():
+        if named.removeprefix("spikeform_") == method.name:
+            return method.config_type.from_dict({k: v for k, v in data.items() if k != "method"})
+    known = ", ".join(m.name for m in _METHODS.values())
+    raise ConfigError(f"unknown method {named!r}; known: {known}")

@@ -1,0 +1,242 @@
+"""Counting what a spiking network does, from the trains themselves, one event at a time; no train is kept.
+
+One rule for each kind of product, the same for the network that spikes and the one that multiplies:
+
+- ``linear``: a spike adds one weight row, ``fan_out`` additions of a weight. Dense: elements x fan_out.
+- ``matmul``, run as events ``O(t) = A(t) S_B(t) + S_A(t-1) B(t)``: a spike of either train adds the *running
+  sum* of the other, once for each output that it reaches, and enters its own running sum, one addition more.
+- ``hadamard``: the same, elementwise.
+
+A binary step weight is a shift, so a shift-add is one addition; a learned one (few-spike neurons) is a
+multiplication more. What a causal mask hides is counted nowhere: not in the scores, not in the softmax
+between, not in the product with the values, neither spiking nor dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from spikeform.energy.codings import activation_bits, additions, comparisons, wire_bits
+from spikeform.neurons.few_spike import FewSpikePattern
+from spikeform.spikes import Coding, SpikeTrain
+from spikeform.spikes.trace import Firing, Product, observe
+
+
+@dataclass
+class Population:
+    """Sums over one train seen at one place: an operand of a product, or what a neuron sent."""
+
+    coding: Coding | None = None
+    signed: bool = False
+    elements: int = 0
+    slots: int = 0
+    spikes: int = 0
+    wire_bits: int = 0
+
+    @property
+    def bits(self) -> int:
+        """Activation width of the quantised rival."""
+        return activation_bits(self.coding, self.signed) if self.coding is not None else 1
+
+    def add(self, train: SpikeTrain, visible: Tensor | None = None) -> Tensor:
+        """Count one train and return ``train.count()``; ``visible`` (bool): elements that exist."""
+        count = train.count()
+        elements = train.codes.numel() if visible is None else int(visible.sum())
+        spikes = total(count)
+        self.coding, self.signed = train.coding, self.signed or bool((train.codes < 0).any())
+        self.elements += elements
+        self.slots += elements * train.coding.window
+        self.spikes += spikes
+        self.wire_bits += wire_bits(train, elements, spikes, self.signed)
+        return count
+
+
+@dataclass
+class ProductTally:
+    """One product's sums over all its calls. A weight row is what a spike of one input channel adds."""
+
+    site: str
+    kind: str
+    operands: list[Population] = field(default_factory=list)
+    macs: int = 0
+    accumulations: int = 0
+    level_additions: int = 0
+    scalings: int = 0
+    running_sums: int = 0
+    row_size: int = 0
+    rows: int = 0
+    rows_fetched: int = 0
+    rows_read: int = 0
+    sent: int | None = None
+
+
+@dataclass
+class FiringTally:
+    """One neuron population's sums over all its calls."""
+
+    site: str
+    function: str
+    sent: Population = field(default_factory=Population)
+    comparisons: int = 0
+    additions: int = 0
+    saturated: int = 0
+
+
+@dataclass
+class DenseTally:
+    """What a module does in real numbers, the same in all three networks."""
+
+    site: str
+    kind: str
+    macs: int = 0
+    multiplications: int = 0
+    additions: int = 0
+    weights: int = 0
+
+
+def total(values: Tensor) -> int:
+    """Sum of integers as a Python integer."""
+    return int(values.sum(dtype=torch.int64))
+
+
+class Counter:
+    """An observer (:func:`spikeform.spikes.trace.observe`) that counts.
+
+    Attributes:
+        products: Tally per (site, kind).
+        firings: Tally per (site, function).
+        dense: Tally per module name, filled by :meth:`watch`.
+    """
+
+    def __init__(self) -> None:
+        self.products: dict[tuple[str, str], ProductTally] = {}
+        self.firings: dict[tuple[str, str], FiringTally] = {}
+        self.dense: dict[str, DenseTally] = {}
+        # Between the scores of an attention and its context, what has the shape of the scores has their mask.
+        self._visible: Tensor | None = None
+        self._linears = 0
+
+    def __call__(self, event: Product | Firing) -> None:
+        """Count one event."""
+        if isinstance(event, Firing):
+            self._firing(event)
+        elif isinstance(event, Product):
+            self._product(event)
+
+    def _mask(self, shape: torch.Size) -> Tensor | None:
+        return self._visible if self._visible is not None and self._visible.shape == shape else None
+
+    def _firing(self, event: Firing) -> None:
+        tally = self.firings.setdefault((event.site, event.function), FiringTally(event.site, event.function))
+        before = tally.sent.elements, tally.sent.spikes
+        tally.sent.add(event.train, self._mask(event.train.shape))
+        elements, spikes = tally.sent.elements - before[0], tally.sent.spikes - before[1]
+        tally.comparisons += comparisons(event.train, elements, spikes)
+        # A spike is subtracted from the potential; where the output is a function of it, it is added there.
+        tally.additions += spikes if event.function == "identity" else 2 * spikes
+        tally.saturated += int(event.saturated)
+
+    def _product(self, event: Product) -> None:
+        tally = self.products.setdefault((event.site, event.kind), ProductTally(event.site, event.kind))
+        tally.operands = tally.operands or [Population() for _ in event.operands]
+        fan_outs, macs = self._reach(event)
+        tally.macs += macs
+        for position, (train, population) in enumerate(zip(event.operands, tally.operands, strict=True)):
+            # Hidden elements of the probabilities, and of the factors of the softmax, do not exist.
+            first = event.kind == "matmul" and position == 0
+            visible = self._mask(train.shape) if first or event.kind == "hadamard" else None
+            count = population.add(train, visible)
+            adds = additions(train, count)
+            reached = total(count * fan_outs[position])
+            tally.accumulations += reached
+            tally.level_additions += total(adds * fan_outs[position]) - reached
+            # A learned step weight is no shift: it multiplies what the spike adds.
+            tally.scalings += reached if isinstance(train.coding, FewSpikePattern) else 0
+            if event.kind == "linear":
+                self._rows(tally, train, count, event.fan_out[0])
+            else:
+                tally.running_sums += total(adds)
+        if event.sent is not None:
+            tally.sent = (tally.sent or 0) + sum(int(sent) for sent in event.sent)
+        if event.kind == "linear":
+            self._linears += 1
+        elif event.kind == "matmul":
+            self._visible = self._wanted(event)
+
+    @staticmethod
+    def _wanted(event: Product) -> Tensor | None:
+        if event.mask is None:
+            return None
+        outputs = (*event.operands[0].shape[:-1], event.fan_out[0])
+        return event.mask.expand(outputs)
+
+    def _reach(self, event: Product) -> tuple[list[int | Tensor], int]:
+        """Additions that one spike of each operand causes (a number, or one for each element), and MACs."""
+        wanted = self._wanted(event)
+        if event.kind == "matmul" and wanted is not None:
+            # wanted [..., M, N]: a spike of A's row m reaches its wanted columns, one of B's column n its
+            # rows.
+            rows = wanted.sum(-2).unsqueeze(-1 if event.transposed else -2)
+            return [wanted.sum(-1, keepdim=True), rows], total(wanted) * event.operands[0].shape[-1]
+        if event.kind == "matmul" and (visible := self._mask(event.operands[0].shape)) is not None:
+            # Hidden elements of A [..., M, K] are silent for good: a spike of B's row k reaches who sees k.
+            seen = visible.sum(-2).unsqueeze(-2 if event.transposed else -1)
+            return [event.fan_out[0], seen], total(visible) * event.fan_out[0]
+        shape = torch.broadcast_shapes(*(train.shape for train in event.operands))
+        if event.kind == "hadamard" and (visible := self._mask(shape)) is not None:
+            return [visible.long().sum_to_size(train.shape) for train in event.operands], total(visible)
+        return list(event.fan_out), event.macs
+
+    @staticmethod
+    def _rows(tally: ProductTally, train: SpikeTrain, count: Tensor, fan_out: int) -> None:
+        """Weight rows of one call: fetched if their channel spikes at all, read at most once a step."""
+        per_channel = count.reshape(-1, count.shape[-1]).sum(0, dtype=torch.int64)
+        tally.row_size = fan_out
+        tally.rows += per_channel.numel()
+        tally.rows_fetched += int(per_channel.count_nonzero())
+        tally.rows_read += total(per_channel.clamp(max=train.coding.window))
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[None]:
+        """Count events and, by hooks, what modules do in real numbers.
+
+        That is: linear layers that run without a spike (MACs), biases (additions), norm gains
+        (multiplications).
+        """
+        handles = []
+        for name, module in model.named_modules():
+            weight, bias = (getattr(module, key, None) for key in ("weight", "bias"))
+            if isinstance(weight, Tensor) and not isinstance(module, nn.Embedding):
+                handles.append(self._hook(name, module, weight, bias))
+        try:
+            with observe(self):
+                yield
+        finally:
+            for pair in handles:
+                for handle in pair:
+                    handle.remove()
+
+    def _hook(self, name: str, module: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple:
+        seen: list[int] = []
+
+        def before(_module, _args) -> None:
+            seen.append(self._linears)
+
+        def after(_module, _args, output) -> None:
+            spiking = self._linears > seen.pop()
+            out = output if isinstance(output, Tensor) else output[0]
+            tally = self.dense.setdefault(name, DenseTally(name, type(module).__name__))
+            if weight.ndim == 1:
+                tally.multiplications += out.numel()
+            elif not spiking:
+                tally.macs += out.numel() * (weight.numel() // out.shape[-1])
+                tally.weights += weight.numel()
+            if bias is not None:
+                tally.additions += out.numel()
+
+        return module.register_forward_pre_hook(before), module.register_forward_hook(after)

@@ -1,0 +1,303 @@
+"""``spikeform.energy``: run, count, price, and say what was not counted."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections import Counter as Histogram
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikeform.energy.count import Counter
+from spikeform.energy.estimate import operations, price
+from spikeform.energy.models import FP32, resolve
+from spikeform.errors import SpikeformError
+from spikeform.spikes import Radix2, SpikeTrain
+from spikeform.synapses import explain
+
+NOT_COUNTED = [
+    "softmax: the row maximum (winner-take-all), its subtraction and the row sum",
+    "norms: means and the centring; gains and offsets are counted",
+    "residual additions, score scaling, rotary embedding, embedding look-up (in none of the three networks)",
+    "exp, division, squares, square roots and activation functions of the dense and the quantised network "
+    "(the spiking one pays for its HG neurons, which favours its rivals)",
+    "the exponent or sub-neuron choice in the quantised rival (the mantissa's width alone, which favours it)",
+    "accumulators and registers; the shift of a binary step weight (wiring)",
+    "routing of spikes over a network on chip, clock, control, leakage, idle power",
+]
+
+
+@dataclass(frozen=True)
+class EnergyReport:
+    """What one measurement found. Counts are exact; energies are ESTIMATED, in pJ, from published figures.
+
+    Attributes:
+        per_site: One row per product, neuron population and module left real.
+        per_kind: Elements, spikes, accumulations and MACs by kind of operation.
+        tokens: Tokens run.
+        spikes: Spikes that all neurons sent.
+        spikes_per_element: Spikes of one neuron in one window, mean over all neurons that fired.
+        spikes_per_token: Spikes of the whole network for one token.
+        spike_rate: Spikes per element per step.
+        accumulations_per_mac: Additions of products over the MACs they replace: spikes per element weighted
+            by fan-out, the figure to hold against a break-even.
+        ops: Operations of the spiking, dense and quantised network.
+        estimates: By cost model: energies, ratios, lines, memory traffic.
+        break_even: What the figures above must stay below.
+        not_counted: What is in no figure.
+        protocol: Model, data and settings that reproduce the numbers.
+    """
+
+    per_site: list[dict[str, Any]]
+    per_kind: dict[str, dict[str, int]]
+    tokens: int
+    spikes: int
+    spikes_per_element: float
+    spikes_per_token: float
+    spike_rate: float
+    accumulations_per_mac: float
+    ops: dict[str, dict[str, int]]
+    estimates: dict[str, dict[str, Any]]
+    break_even: dict[str, Any]
+    not_counted: list[str]
+    protocol: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        return {"label": "ESTIMATED", **asdict(self)}
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row per cost model: ESTIMATED uJ per token of the three networks, and the ratios."""
+        rows = []
+        for name, estimate in self.estimates.items():
+            for title, part in (("operations", estimate), ("with memory", estimate["with_memory"])):
+                per_token = {f"{key} uJ/token": part[key] / self.tokens * 1e-6 for key in _NETWORKS}
+                ratios = {"vs dense": part["ratio_vs_dense"], "vs quantised": part["ratio_vs_quantised"]}
+                rows.append({"ESTIMATED": f"{name}, {title}", **per_token, **ratios})
+        return rows
+
+
+_NETWORKS = ("spiking", "dense", "quantised")
+
+
+def energy(
+    spiking: nn.Module,
+    ids: Tensor,
+    *,
+    dense: nn.Module | None = None,
+    batch_size: int = 1,
+    window: int | None = None,
+    cost_models: dict | list | tuple | None = None,
+) -> EnergyReport:
+    """Count what a spiking model does on ``ids`` and estimate the energy of three networks.
+
+    Each window is a full forward (prefill, no cache). Spikes are counted from the trains, whatever executor
+    runs.
+
+    Args:
+        spiking: A converted model; it is run as it is, in evaluation mode.
+        ids: Token ids, integers ``[N, L]``, without padding.
+        dense: The model it came from, or None. If given, its linear layers must do the same MACs.
+        batch_size: Rows in one forward call. Counts do not depend on it; weight traffic does.
+        window: Cut each row into windows of this many tokens; None runs whole rows.
+        cost_models: Names or :class:`CostModel` s; None for the three built in.
+
+    Returns:
+        The report. Energies are estimates, never measurements.
+
+    Raises:
+        SpikeformError: Ids of a wrong shape or type, bad sizes, a model that sent no spikes, or a ``dense``
+            model of other linear layers.
+    """
+    models = resolve(cost_models)
+    _check(spiking, ids, batch_size, window)
+    counter = Counter()
+    with counter.watch(spiking):
+        _run(spiking, ids, batch_size, window)
+    if not counter.products:
+        raise SpikeformError("no spike train reached a synapse: the model is dense; convert it first")
+    if dense is not None:
+        _compare(counter, dense, ids, batch_size, window)
+    firings = [tally.sent for tally in counter.firings.values()]
+    if (
+        not firings
+    ):  # trains that no neuron announced (hand-made, or from a cache): the operands are all there is
+        firings = [operand for tally in counter.products.values() for operand in tally.operands]
+    spikes, elements, slots = (
+        sum(getattr(p, key) for p in firings) for key in ("spikes", "elements", "slots")
+    )
+    macs = sum(tally.macs for tally in counter.products.values())
+    accumulations = sum(t.accumulations + t.level_additions for t in counter.products.values())
+    return EnergyReport(
+        per_site=_sites(counter),
+        per_kind=_kinds(counter),
+        tokens=ids.numel(),
+        spikes=spikes,
+        spikes_per_element=spikes / max(elements, 1),
+        spikes_per_token=spikes / ids.numel(),
+        spike_rate=spikes / max(slots, 1),
+        accumulations_per_mac=accumulations / max(macs, 1),
+        ops=operations(counter),
+        estimates={model.name: price(counter, model) for model in models},
+        break_even={
+            "accumulations_per_mac": {model.name: model.break_even for model in models},
+            "spikes_per_element_fp32": FP32.break_even,
+            "spike_rate": [0.057, 0.064],
+            "source": "MAC over AC of each cost model; arXiv 2409.08290: a rate-coded network beats its "
+            "quantised twin below 6.4% (v2, v3; T of 5 to 10) or 5.7% (v4; T = 5) of its spike slots, data "
+            "movement counted",
+        },
+        not_counted=NOT_COUNTED + _left_out(spiking, counter),
+        protocol=_protocol(spiking, dense, ids, batch_size, window),
+    )
+
+
+def _check(model: nn.Module, ids: Tensor, batch_size: int, window: int | None) -> None:
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
+        raise SpikeformError("ids must be a non-empty integer tensor [N, L] of token ids")
+    for name, value in (("batch_size", batch_size), ("window", window)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise SpikeformError(f"{name} must be a positive integer, got {value!r}")
+    length = min(ids.shape[1], window or ids.shape[1])
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(context, int) and length > context:
+        raise SpikeformError(
+            f"rows of {length} tokens exceed the model's context of {context}; give window={context}"
+        )
+
+
+@torch.no_grad()
+def _run(model: nn.Module, ids: Tensor, batch_size: int, window: int | None) -> None:
+    device = next((p.device for p in model.parameters()), ids.device)
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    training = model.training
+    model.eval()
+    try:
+        for rows in ids.split(batch_size):
+            for piece in rows.split(window or ids.shape[1], dim=1):
+                model(piece.to(device), **options)
+    finally:
+        model.train(training)
+
+
+def _compare(counter: Counter, dense: nn.Module, ids: Tensor, batch_size: int, window: int | None) -> None:
+    """The dense model's own linear layers must do the MACs that the report gives the dense network."""
+    own = Counter()
+    with own.watch(dense):
+        _run(dense, ids, batch_size, window)
+    if own.products:
+        raise SpikeformError("the dense model sends spikes: give the model as it was before conversion")
+    left = sum(tally.macs for tally in counter.dense.values())
+    ours = left + sum(t.macs for t in counter.products.values() if t.kind == "linear")
+    theirs = sum(tally.macs for tally in own.dense.values())
+    if ours != theirs:
+        raise SpikeformError(
+            f"linear layers of the dense model do {theirs} MACs, of the spiking one {ours}: not a pair"
+        )
+
+
+def _sites(counter: Counter) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for tally in counter.products.values():
+        spikes = sum(operand.spikes for operand in tally.operands)
+        rows.append(
+            {
+                "site": tally.site,
+                "kind": tally.kind,
+                "elements": sum(operand.elements for operand in tally.operands),
+                "spikes": spikes,
+                "spikes_per_element": [o.spikes / max(o.elements, 1) for o in tally.operands],
+                "spike_rate": spikes / max(sum(operand.slots for operand in tally.operands), 1),
+                "coding": [type(operand.coding).__name__ for operand in tally.operands],
+                "quantised_bits": [operand.bits for operand in tally.operands],
+                "macs": tally.macs,
+                "accumulations": tally.accumulations,
+                "multi_level_additions": tally.level_additions,
+                "step_weight_multiplications": tally.scalings,
+                "running_sum_additions": tally.running_sums,
+                "accumulations_per_mac": (tally.accumulations + tally.level_additions) / max(tally.macs, 1),
+                "sent": tally.sent,
+            }
+        )
+    for tally in counter.firings.values():
+        sent = tally.sent
+        rows.append(
+            {
+                "site": tally.site,
+                "kind": "neuron",
+                "function": tally.function,
+                "elements": sent.elements,
+                "spikes": sent.spikes,
+                "spikes_per_element": [sent.spikes / max(sent.elements, 1)],
+                "spike_rate": sent.spikes / max(sent.slots, 1),
+                "coding": [type(sent.coding).__name__],
+                "comparisons": tally.comparisons,
+                "additions": tally.additions,
+                "saturated": tally.saturated,
+            }
+        )
+    for tally in counter.dense.values():
+        rows.append({**asdict(tally), "kind": "real", "module": tally.kind})
+    return rows
+
+
+def _kinds(counter: Counter) -> dict[str, dict[str, int]]:
+    kinds: dict[str, Histogram] = {}
+    keys = (
+        "elements",
+        "spikes",
+        "macs",
+        "accumulations",
+        "comparisons",
+        "additions",
+        "saturated",
+        "multiplications",
+    )
+    for row in _sites(counter):
+        name = f"neuron:{row['function']}" if row["kind"] == "neuron" else row["kind"]
+        kinds.setdefault(name, Histogram()).update({key: row[key] for key in keys if key in row})
+    return {name: dict(values) for name, values in kinds.items()}
+
+
+def _left_out(model: nn.Module, counter: Counter) -> list[str]:
+    """Modules that the conversion left dense and whose work no hook can count."""
+    rows = getattr(getattr(model, "spikeform_report", None), "rows", [])
+    counted = {name for name, tally in counter.dense.items() if tally.macs}
+    left = Histogram(
+        row.kind
+        for row in rows
+        if row.replaced_by is None and row.kind != "embedding" and row.name not in counted
+    )
+    return [f"left dense and not counted: {number} x {kind}" for kind, number in sorted(left.items())]
+
+
+def _protocol(
+    model: nn.Module, dense: nn.Module | None, ids: Tensor, batch_size: int, window: int | None
+) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    method = getattr(config, "quantization_config", None)
+    parameters = {
+        str(p.dtype).removeprefix("torch.") for p in (model if dense is None else dense).parameters()
+    }
+    return {
+        "model": getattr(config, "name_or_path", "") or type(model).__name__,
+        "method": method.to_dict() if hasattr(method, "to_dict") else method,
+        "ids_shape": list(ids.shape),
+        "ids_sha256": hashlib.sha256(ids.cpu().to(torch.int64).contiguous().numpy().tobytes()).hexdigest(),
+        "batch_size": batch_size,
+        "window": window or ids.shape[1],
+        "forward": "full windows, no cache",
+        "executor": _executor(),
+        "dense_precision": sorted(parameters),
+        "dense_checked": dense is not None,
+        "torch": str(torch.__version__),
+    }
+
+
+def _executor() -> str:
+    silent = SpikeTrain(torch.zeros(1), torch.ones(1), Radix2(1))
+    name, reason = explain("matmul", silent)
+    return name if reason.startswith("chosen") else "automatic"

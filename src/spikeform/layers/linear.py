@@ -1,0 +1,64 @@
+"""A linear layer that receives spikes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from spikeform.neurons import MT
+from spikeform.spikes import power_of_two
+from spikeform.synapses import linear
+
+
+class SpikingLinear(nn.Linear):
+    """``y = sum_t spikes(t) W^T + b``: a neuron, then the synapse, under the names of the layer it replaces.
+
+    A subclass of ``nn.Linear`` (adapters and trainers see a linear layer). GPT-2's ``Conv1D`` becomes one too,
+    its weight transposed.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: Whether there is one.
+        neuron: Encodes the input.
+        device: Where the parameters live (``meta`` for a skeleton).
+        dtype: Of the parameters.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, neuron: MT, device=None, dtype=None
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.neuron = neuron
+
+    @classmethod
+    def from_dense(cls, dense: nn.Linear | Conv1D, neuron: MT) -> SpikingLinear:
+        """Take over the parameters of ``dense``: the same tensors, but for Conv1D's transposed weight."""
+        transposed = isinstance(dense, Conv1D)
+        weight = dense.weight.T if transposed else dense.weight
+        out_features, in_features = weight.shape
+        with torch.device("meta"):
+            layer = cls(in_features, out_features, dense.bias is not None, neuron)
+        layer.weight = nn.Parameter(weight.contiguous(), dense.weight.requires_grad) if transposed else dense.weight
+        layer.bias = dense.bias
+        layer.neuron = neuron
+        layer.train(dense.training)
+        return layer
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Multiply ``2^channel_shift`` of the neuron into the weight's columns: powers of two, so no bit of any
+        product changes.
+        """
+        if self.neuron.channel_shift is not None and not self.neuron.folded:
+            # A new tensor: the old one may be shared (tied) or memory-mapped.
+            folded = self.weight * power_of_two(self.neuron.channel_shift, self.weight.dtype)
+            self.weight = nn.Parameter(folded, self.weight.requires_grad)
+            self.neuron.folded = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Real ``[..., K]`` to real ``[..., N]``, in the dtype of ``input``."""
+        train = self.neuron(input)
+        bias = None if self.bias is None else self.bias.to(train.quantum.dtype)
+        return linear(train, self.weight, bias, site=self.neuron.site).to(input.dtype)

@@ -1,0 +1,5 @@
+"""The conversion methods. Importing this package registers each with transformers."""
+
+from spikeform.methods.las import LAS
+
+__all__ = ["LAS"]

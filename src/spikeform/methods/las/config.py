@@ -1,0 +1,112 @@
+"""The configuration of LAS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from spikeform.conversion.config import MethodConfig, choice, is_real
+from spikeform.errors import ConfigError
+from spikeform.neurons.oat import ROUNDINGS
+from spikeform.spikes import Coding, MultiThreshold, Radix2, SignedDigit
+from spikeform.spikes.codings import check_steps
+
+CODINGS = ("radix2", "signed_digit", "multi_threshold")
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(eq=True, repr=True)
+class LAS(MethodConfig):
+    """Lossless ANN-to-SNN conversion (arXiv 2505.09659): OAT neurons before every product, HG neurons for every
+    non-linearity. Where the paper gives no rule (thresholds, the HG fit) the defaults are ours.
+
+    Args:
+        steps: Time steps T, 1 to 16.
+        coding: ``radix2`` (as released), ``signed_digit`` (the same codes in fewer, ternary spikes) or
+            ``multi_threshold`` (``levels`` sub-levels a step).
+        levels: Sub-levels of ``multi_threshold``: 2 or 4.
+        rounding: ``nearest``, ``floor`` (the paper's >=) or ``strict`` (the released code's >).
+        outlier: Two thresholds a site (OAT); False: one (MT).
+        threshold: How thresholds follow from calibration: ``least_error`` or ``quantile``.
+        quantile: Share of inputs below the normal threshold, for ``quantile``.
+        margin: Largest threshold over the largest calibration input.
+        per_channel: A power-of-two threshold scale per input channel, folded into the weights.
+        nonlinear: HG realisation: ``fixed_point`` (exact, bounded error) or ``few_spike`` (learned sub-neurons).
+        softmax: Softmax by HG neurons; False leaves it real.
+        norms: LayerNorm and RMSNorm by HG neurons; False leaves them dense.
+        activations: Activation functions by HG neurons; False leaves them dense.
+        lm_head: Make the output head spiking too.
+        skip: Module name patterns (``*.layers.0.*``) that stay dense.
+        thresholds: Given thresholds: role (``linear``, ``query``, ``key``, ``value``, ``probability``, ``norm``,
+            ``up``, ``act``, ``lm_head``) or site pattern -> ``[normal, outlier]`` (``[theta]`` without outlier).
+            Sites not named are calibrated.
+        version: Format of this config.
+
+    Raises:
+        ConfigError: A value is out of range; the message names it.
+    """
+
+    quant_method: ClassVar[str] = "spikeform_las"  # type: ignore[misc]
+
+    steps: int = _option(16, "time steps T, 1 to 16")
+    coding: str = _option("radix2", "radix2, signed_digit or multi_threshold")
+    levels: int = _option(2, "sub-levels a step of multi_threshold: 2 or 4")
+    rounding: str = _option("nearest", "nearest, floor or strict")
+    outlier: bool = _option(True, "two thresholds a site (OAT) or one (MT)")
+    threshold: str = _option("least_error", "least_error or quantile")
+    quantile: float = _option(0.999, "share of inputs below the normal threshold")
+    margin: float = _option(2.0, "largest threshold over the largest calibration input")
+    per_channel: bool = _option(False, "power-of-two threshold scale per input channel, folded into the weights")
+    nonlinear: str = _option("fixed_point", "fixed_point or few_spike")
+    softmax: bool = _option(True, "softmax by HG neurons")
+    norms: bool = _option(True, "LayerNorm and RMSNorm by HG neurons")
+    activations: bool = _option(True, "activation functions by HG neurons")
+    lm_head: bool = _option(False, "make the output head spiking")
+    skip: tuple[str, ...] = _option((), "module name patterns that stay dense")
+    thresholds: dict[str, tuple[float, ...]] | None = _option(None, "given thresholds by role or site pattern")
+    version: int = _option(1, "format of this config")
+
+    def check(self) -> None:
+        """Every option in its range; lists become tuples."""
+        try:
+            check_steps(self.steps)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        choice("coding", self.coding, CODINGS)
+        choice("rounding", self.rounding, ROUNDINGS)
+        choice("threshold", self.threshold, ("least_error", "quantile"))
+        choice("nonlinear", self.nonlinear, ("fixed_point", "few_spike"))
+        choice("levels", self.levels, (2, 4))
+        for name in ("outlier", "per_channel", "softmax", "norms", "activations", "lm_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if not is_real(self.quantile) or not 0 < self.quantile <= 1:
+            raise ConfigError(f"quantile must be above 0 and at most 1, got {self.quantile!r}")
+        if not is_real(self.margin) or not 0 < self.margin < float("inf"):
+            raise ConfigError(f"margin must be a finite number above 0, got {self.margin!r}")
+        if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
+            raise ConfigError(f"skip must be a list of module name patterns, got {self.skip!r}")
+        self.skip = tuple(self.skip)
+        if self.thresholds is not None:
+            self.thresholds = {k: self._given(k, v) for k, v in self.thresholds.items()}
+
+    def _given(self, name: str, values: Any) -> tuple[float, ...]:
+        wanted = 2 if self.outlier else 1
+        values = tuple(values) if isinstance(values, list | tuple) else (values,)
+        rising = all(is_real(v) and 0 < v < float("inf") for v in values) and list(values) == sorted(set(values))
+        if len(values) != wanted or not rising:
+            raise ConfigError(f"thresholds[{name!r}] must be {wanted} finite positive rising numbers, got {values!r}")
+        return tuple(float(v) for v in values)
+
+    def make_coding(self) -> Coding:
+        """The coding of OAT and MT neurons."""
+        if self.coding == "multi_threshold":
+            return MultiThreshold(self.steps, self.levels)
+        return self.make_bit_coding()
+
+    def make_bit_coding(self) -> Coding:
+        """The coding of fixed-point HG neurons: bits, ternary where ``coding`` is."""
+        return SignedDigit(self.steps) if self.coding == "signed_digit" else Radix2(self.steps)

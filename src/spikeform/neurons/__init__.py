@@ -1,0 +1,21 @@
+"""Neurons: a real tensor in, a spike train out. One neuron a file, its equation in the docstring."""
+
+from spikeform.neurons.few_spike import FewSpikeHG, few_spike_bank
+from spikeform.neurons.few_spike_fit import fit_few_spike
+from spikeform.neurons.functions import FUNCTIONS
+from spikeform.neurons.hg import FixedPointHG
+from spikeform.neurons.neuron import Neuron, recording
+from spikeform.neurons.oat import MT, OAT, ROUNDINGS
+
+__all__ = [
+    "FUNCTIONS",
+    "MT",
+    "OAT",
+    "ROUNDINGS",
+    "FewSpikeHG",
+    "FixedPointHG",
+    "Neuron",
+    "few_spike_bank",
+    "fit_few_spike",
+    "recording",
+]

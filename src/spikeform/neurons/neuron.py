@@ -1,0 +1,61 @@
+"""What every windowed neuron is: a module that turns a real tensor into a spike train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor, nn
+
+from spikeform.spikes import SpikeTrain
+
+Recorder = Callable[["Neuron", Tensor], None]
+_recorder: ContextVar[Recorder | None] = ContextVar("spikeform_recorder", default=None)
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Calibration: in the block, neurons that need thresholds show ``recorder`` their input and pass it on
+    unchanged, as if their resolution were infinite.
+    """
+    token = _recorder.set(recorder)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+def recorder() -> Recorder | None:
+    """The active calibration recorder, or None."""
+    return _recorder.get()
+
+
+class Neuron(nn.Module):
+    """A windowed neuron: it sees the sum of its input window, then fires. It has no state between calls.
+
+    Args:
+        site: The qualified name under which its firing is reported.
+    """
+
+    def __init__(self, site: str = "") -> None:
+        super().__init__()
+        self.site = site
+
+    def encode(self, x: Tensor) -> SpikeTrain:
+        """The spike train of input ``x`` ``[...]``; the train has the same shape."""
+        raise AttributeError(f"{type(self).__name__} does not encode")
+
+    def forward(self, x: Tensor) -> SpikeTrain:
+        """Alias of :meth:`encode`, so that module hooks work."""
+        return self.encode(x)
+
+    def _apply(self, fn, recurse=True):
+        # A model-wide .to(bfloat16) must not round thresholds: floating buffers move but keep their dtype.
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, old in kept.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self

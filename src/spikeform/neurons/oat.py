@@ -1,0 +1,155 @@
+"""The multi-threshold (MT) neuron and the outlier-aware threshold (OAT) neuron of LAS.
+
+MT fires at most one spike a step, of weight ``theta * 2^-t``; OAT is two MT sub-neurons behind a gate:
+inputs below ``theta_normal`` go to one of that threshold, the others to one of ``theta_outlier``
+(arXiv 2505.09659). Both fire from the sum of their input window, so their train has a closed form:
+
+    unit = threshold / resolution,   code = sign(x) * clip(round(|x| / unit), 0, limit)
+
+with ``resolution`` and ``limit`` of the coding (2^T and 2^T - 1 for radix-2). Three roundings:
+``nearest`` (ties to even; an initial membrane potential of half a unit), ``floor`` (the paper's ``>=``),
+``strict`` (the released code's ``>``: an exact multiple k codes as k - 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spikeform.neurons.neuron import Neuron, recorder
+from spikeform.spikes import Coding, SpikeTrain, power_of_two
+from spikeform.spikes.trace import Firing, observer
+
+ROUNDINGS = ("nearest", "floor", "strict")
+
+
+def round_codes(scaled: Tensor, coding: Coding, rounding: str) -> Tensor:
+    """Integer codes of inputs in code units.
+
+    Args:
+        scaled: Signed input over unit, ``[...]``.
+        coding: Gives the limit, and the representable codes.
+        rounding: ``nearest``, ``floor`` or ``strict``.
+
+    Returns:
+        Integer-valued tensor of the dtype of ``scaled``, magnitudes at most ``coding.limit``.
+    """
+    if rounding == "nearest":
+        codes = scaled.round()
+    elif rounding == "floor":
+        codes = scaled.trunc()
+    else:
+        codes = (scaled.abs().ceil() - 1).clamp_(min=0) * scaled.sign()
+    codes = codes.clamp_(-coding.limit, coding.limit)
+    magnitude = codes.abs()
+    kept = coding.nearest_code(magnitude)
+    return codes if kept is magnitude else kept * codes.sign()
+
+
+class MT(Neuron):
+    """Multi-threshold neuron: one threshold, signed input, sign and magnitude.
+
+    Args:
+        coding: How its codes unroll.
+        threshold: Largest magnitude it carries, or None until calibrated.
+        rounding: ``nearest``, ``floor`` or ``strict``.
+        site: The qualified name under which its firing is reported.
+
+    Attributes:
+        threshold: fp32 ``[R]``, R = 1 (MT) or 2 (OAT: normal, outlier). NaN until calibrated.
+        channel_shift: int8 ``[*b]`` or None. Channel c has threshold ``threshold * 2^channel_shift[c]``: a
+            power of two, so that folding it into the next weights changes no bit of any product.
+        folded: Whether the following weights already carry ``2^channel_shift``.
+        role: What it encodes (``linear``, ``query`` …): calibration and given thresholds go by it.
+        channel_weight: While calibrating: how much a squared error in each channel matters, ``[C]``, or None.
+        balance_channels: While calibrating: weigh each channel by the inverse of its own mean square.
+    """
+
+    populations = 1
+    threshold: Tensor
+    channel_shift: Tensor | None
+    channel_weight: Tensor | None
+
+    def __init__(
+        self, coding: Coding, threshold: tuple[float, ...] | None = None, rounding: str = "nearest", site: str = ""
+    ) -> None:
+        super().__init__(site)
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+        self.coding, self.rounding, self.folded = coding, rounding, False
+        self.role, self.channel_weight, self.balance_channels = "", None, False
+        self.register_buffer("threshold", torch.full((self.populations,), float("nan")))
+        self.register_buffer("channel_shift", None)
+        if threshold is not None:
+            self.set_threshold(threshold)
+
+    def set_threshold(self, threshold: tuple[float, ...] | Tensor) -> None:
+        """Set the thresholds, smallest first.
+
+        Raises:
+            ValueError: Wrong number of them, or they are not finite, positive and strictly increasing.
+        """
+        values = torch.as_tensor(threshold, dtype=torch.float32).reshape(-1)
+        rising = bool((values[1:] > values[:-1]).all())
+        if len(values) != self.populations or not bool(values.isfinite().all() and (values > 0).all()) or not rising:
+            raise ValueError(
+                f"{self.site or type(self).__name__}: needs {self.populations} finite positive thresholds, rising, "
+                f"got {values.tolist()}"
+            )
+        self.threshold = values.to(self.threshold.device)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether thresholds are set."""
+        return bool(self.threshold.isfinite().all())
+
+    def quantum(self) -> Tensor:
+        """Value of one code unit per sub-neuron: ``[R]``, or ``[R, *b]`` with an unfolded channel shift."""
+        unit = self.threshold / self.coding.resolution
+        if self.channel_shift is None or self.folded:
+            return unit
+        return unit.view(-1, *[1] * self.channel_shift.ndim) * power_of_two(self.channel_shift)
+
+    def drive(self, x: Tensor) -> Tensor:
+        """Membrane potential on the thresholds' scale: ``x * 2^-channel_shift``, fp32 (fp64 stays fp64)."""
+        x = x if x.dtype == torch.float64 else x.float()
+        return x if self.channel_shift is None else x * power_of_two(-self.channel_shift, x.dtype)
+
+    def _codes(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        return round_codes(v / (self.threshold / self.coding.resolution), self.coding, self.rounding), None
+
+    def encode(self, x: Tensor) -> SpikeTrain:
+        """The spike train of real input ``x`` ``[..., C]``.
+
+        While calibrating, the input is shown to the recorder and passed on unchanged.
+        """
+        record = recorder()
+        if record is not None:
+            record(self, x)
+        v = self.drive(x)
+        if record is not None and not self.calibrated:
+            return SpikeTrain(v, v.new_ones(1), self.coding)
+        codes, branch = self._codes(v)
+        train = SpikeTrain(codes, self.quantum().to(v.dtype), self.coding, branch)
+        listener = observer()
+        if listener is not None:
+            listener(Firing(self.site, "identity", train, x, (v.abs() > self.threshold[-1]).sum()))
+        return train
+
+    def extra_repr(self) -> str:
+        """Coding, rounding and thresholds."""
+        shift = "" if self.channel_shift is None else ", per channel"
+        return f"{self.coding}, {self.rounding}, threshold={[round(t, 6) for t in self.threshold.tolist()]}{shift}"
+
+
+class OAT(MT):
+    """Outlier-aware threshold neuron: an element is an outlier where ``|x| >= theta_normal``; it is then coded
+    whole (not the excess) by the sub-neuron of ``theta_outlier``.
+    """
+
+    populations = 2
+
+    def _codes(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        unit = self.threshold / self.coding.resolution
+        outlier = v.abs() >= self.threshold[0]
+        return round_codes(v / torch.where(outlier, unit[1], unit[0]), self.coding, self.rounding), outlier

@@ -1,0 +1,60 @@
+"""Which neuron sits where: one row a neuron, and one for each module that was left as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from spikeform.errors import SpikeformError
+from spikeform.neurons import Neuron
+
+
+def inspect(model: nn.Module) -> list[dict[str, Any]]:
+    """Neurons of a converted model, in the order of its modules, then what stayed dense and why.
+
+    Args:
+        model: A converted model.
+
+    Returns:
+        Rows with keys ``site``, ``layer`` (class of the module that owns the neuron), ``neuron`` (class, None
+        where dense), ``steps``, ``coding``, ``window`` (time steps in which spikes travel), ``thresholds``
+        (smallest first), ``function`` (``identity`` unless the neuron computes one), ``reason`` (of what is
+        dense).
+
+    Raises:
+        SpikeformError: There is no neuron in it.
+    """
+    modules = dict(model.named_modules())
+    rows = [_row(name, module, modules) for name, module in modules.items() if isinstance(module, Neuron)]
+    if not rows:
+        raise SpikeformError("no spiking neuron in this model: convert it first")
+    report = getattr(model, "spikeform_report", None)
+    for row in getattr(report, "rows", []):
+        if row.replaced_by is None:
+            rows.append(
+                {"site": row.name, "layer": _class(modules.get(row.name)) or row.kind, "neuron": None}
+            )
+            rows[-1]["reason"] = row.reason
+    return rows
+
+
+def _row(name: str, neuron: Neuron, modules: dict[str, nn.Module]) -> dict[str, Any]:
+    coding = getattr(neuron, "coding", None)
+    threshold = getattr(neuron, "threshold", None)
+    shift = getattr(neuron, "channel_shift", None)
+    return {
+        "site": neuron.site or name,
+        "layer": _class(modules.get(name.rpartition(".")[0])),
+        "neuron": type(neuron).__name__,
+        "steps": getattr(coding, "steps", None),
+        "coding": type(coding).__name__ if coding is not None else None,
+        "window": getattr(coding, "window", None),
+        "thresholds": threshold.flatten().tolist() if isinstance(threshold, Tensor) else None,
+        "per_channel": shift is not None,
+        "function": getattr(neuron, "function", "identity"),
+    }
+
+
+def _class(module: nn.Module | None) -> str | None:
+    return None if module is None else type(module).__name__

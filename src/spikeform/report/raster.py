@@ -1,0 +1,207 @@
+"""Raster plots: the literal spikes of one neuron population, step by step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikeform.errors import SpikeformError
+from spikeform.spikes import SpikeTrain
+from spikeform.spikes.trace import Firing, Product, observe
+
+MOST_ELEMENTS, MOST_TOKENS = 512, 96
+POSITIVE, NEGATIVE, GRID = "#1f5fa8", "#c8452c", "#d9d9d9"
+LEGEND: dict[str, Any] = {
+    "loc": "lower right",
+    "bbox_to_anchor": (1, 1),
+    "borderaxespad": 0.2,
+    "handlelength": 1,
+}
+
+
+@dataclass(frozen=True)
+class Raster:
+    """A plot that was drawn, and what is on it.
+
+    Attributes:
+        path: The image.
+        site: The population.
+        spikes: Spikes drawn, ``positive`` + ``negative``; equal to ``train.count()`` over what is shown.
+        positive: Spikes above zero.
+        negative: Spikes below zero.
+        tokens: Tokens shown.
+        window: Steps of each token.
+        elements: Channels shown.
+        channels: Channels of the population.
+    """
+
+    path: str
+    site: str
+    spikes: int
+    positive: int
+    negative: int
+    tokens: int
+    window: int
+    elements: int
+    channels: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+
+class _Found(Exception):
+    """The train is there; the rest of the forward is not needed."""
+
+
+def raster(
+    model: nn.Module,
+    ids: Tensor,
+    site: str | None = None,
+    path: str | os.PathLike[str] = "raster.png",
+    elements: int = 64,
+    tokens: int = 24,
+    labels: Sequence[str] | None = None,
+) -> Raster:
+    """Draw the literal spikes that one site sends or receives for the first row of ``ids``.
+
+    Time runs to the right, token by token and step by step within a token; each line is a channel.
+
+    Args:
+        model: A converted model.
+        ids: Token ids ``[N, L]``; only the first row, cut to ``tokens``, is run.
+        site: A site as the energy report names it; None takes the first linear layer. Of a product of two
+            trains the first is drawn.
+        path: Image to write (PNG; any suffix that matplotlib knows). Its folder must exist.
+        elements: Most channels to draw, the first ones.
+        tokens: Most tokens to draw.
+        labels: Text of each token, for the axis; None numbers them.
+
+    Returns:
+        Path and counts.
+
+    Raises:
+        SpikeformError: No such site (the message names some), no spikes at all, a bad size, or no such
+            folder.
+    """
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
+        raise SpikeformError("ids must be a non-empty integer tensor [N, L] of token ids")
+    for label, value, most in (("elements", elements, MOST_ELEMENTS), ("tokens", tokens, MOST_TOKENS)):
+        if not 1 <= value <= most:
+            raise SpikeformError(
+                f"{label} must be from 1 to {most}, got {value}: a spike needs its own pixel"
+            )
+    path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise SpikeformError(f"no folder {path.absolute().parent} to write the raster plot to")
+    name, train = capture(model, ids[:1, :tokens], site)
+    spikes_TLC = literal(train)[:, :tokens]
+    shown = spikes_TLC[..., :elements]
+    _draw(shown, name, path, spikes_TLC.shape[-1], labels)
+    positive, negative = int((shown > 0).sum()), int((shown < 0).sum())
+    window, length, drawn = shown.shape
+    return Raster(
+        str(path), name, positive + negative, positive, negative, length, window, drawn, spikes_TLC.shape[-1]
+    )
+
+
+@torch.no_grad()
+def capture(model: nn.Module, ids: Tensor, site: str | None = None) -> tuple[str, SpikeTrain]:
+    """The first train that passes ``site`` (None: that of the first linear product) and the site's name.
+
+    Raises:
+        SpikeformError: Nothing passes there.
+    """
+    seen: dict[str, None] = {}
+    found: list[tuple[str, SpikeTrain]] = []
+
+    def listen(event: Product | Firing) -> None:
+        seen[event.site] = None
+        is_linear = isinstance(event, Product) and event.kind == "linear"
+        if event.site == site if site is not None else is_linear:
+            found.append((event.site, event.operands[0] if isinstance(event, Product) else event.train))
+            raise _Found
+
+    device = next((p.device for p in model.parameters()), ids.device)
+    training = model.training
+    model.eval()
+    try:
+        with observe(listen):
+            model(ids.to(device))
+    except _Found:
+        return found[0]
+    finally:
+        model.train(training)
+    if not seen:
+        raise SpikeformError("no spikes: the model is dense; convert it first")
+    some = ", ".join(list(seen)[:8]) + (" …" if len(seen) > 8 else "")
+    raise SpikeformError(f"no site {site!r}; spikes pass {len(seen)} sites: {some}")
+
+
+def literal(train: SpikeTrain) -> Tensor:
+    """Literal spikes of the first row: int8 ``[window, tokens, channels]``; heads stand side by side.
+
+    Trains are ``[B, L, C]``, ``[B, heads, L, C]``, ``[L, C]`` or ``[C]`` (one token).
+    """
+    spikes = train.unroll().cpu()
+    if train.codes.ndim >= 3:
+        spikes = spikes[:, 0]
+    if spikes.ndim > 3:
+        return spikes.movedim(-2, 1).flatten(2)
+    return spikes if spikes.ndim == 3 else spikes.unsqueeze(1)
+
+
+def _draw(spikes_TLC: Tensor, site: str, path: Path, channels: int, labels: Sequence[str] | None) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    window, length, drawn = spikes_TLC.shape
+    time_CX = spikes_TLC.permute(2, 1, 0).reshape(drawn, length * window)
+    columns = length * window
+    figure = Figure(
+        figsize=(min(max(columns * 0.045, 7), 20), min(max(drawn * 0.07 + 1.9, 3.2), 12)), dpi=130
+    )
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, 1, height_ratios=[max(drawn * 0.07, 1.5), 0.6], hspace=0.06)
+    spikes, rate = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
+    colours = ListedColormap([NEGATIVE, "white", POSITIVE])
+    spikes.imshow(time_CX.sign(), cmap=colours, vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+    for edge in range(1, drawn):  # channels a hair apart
+        spikes.axhline(edge - 0.5, color="white", linewidth=min(0.6, 40 / drawn))
+    for edge in range(window, columns, window):
+        for axes in (spikes, rate):
+            axes.axvline(edge - 0.5, color=GRID, linewidth=0.6)
+    positive, negative = (time_CX > 0).sum(0), (time_CX < 0).sum(0)
+    x = range(columns)
+    rate.bar(x, positive, width=1.0, color=POSITIVE, label=f"+ {int(positive.sum()):,}")
+    rate.bar(x, negative, width=1.0, bottom=positive, color=NEGATIVE, label=f"− {int(negative.sum()):,}")
+    for axes in (spikes, rate):
+        axes.set_xlim(-0.5, columns - 0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    spikes.set_xticks([])
+    every = max(1, -(-length // 24))
+    middles = range(0, length, every)
+    texts = [str(i) if labels is None or i >= len(labels) else _visible(labels[i]) for i in middles]
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right"} if labels is not None else {}
+    rate.set_xticks([i * window + (window - 1) / 2 for i in middles], texts, fontsize=7, **turned)
+    rate.tick_params(axis="y", labelsize=7)
+    spikes.tick_params(axis="y", labelsize=7)
+    spikes.set_ylabel(f"channel (first {drawn} of {channels})" if drawn < channels else "channel", fontsize=8)
+    rate.set_ylabel("spikes", fontsize=8)
+    rate.set_xlabel(f"token, {window} steps each", fontsize=8)
+    total = int(positive.sum() + negative.sum())
+    title = f"{site}\n{total:,} spikes, {total / max(drawn * length, 1):.2f} a channel and token"
+    spikes.set_title(title, fontsize=9, loc="left")
+    spikes.legend(*rate.get_legend_handles_labels(), fontsize=8, ncols=2, frameon=False, **LEGEND)
+    figure.savefig(path, bbox_inches="tight")
+
+
+def _visible(text: str) -> str:
+    return text.replace("\n", "⏎").replace("$", r"\$").strip() or "␣"

@@ -1,0 +1,56 @@
+"""The temporal executor: one step at a time, literal spikes. It is the definition; the others must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spikeform.spikes import SpikeTrain
+from spikeform.synapses.collapsed import by_branch, scale
+
+Sent = tuple[Tensor, ...]
+
+
+def linear(train: SpikeTrain, weight: Tensor) -> tuple[Tensor, Sent]:
+    """``sum_t s(t) W^T``, spike by spike step; integer weights accumulate integers per sub-neuron."""
+    spikes = train.unroll()
+    sent = ((spikes != 0).sum(),)
+    if weight.is_floating_point():
+        wide = weight.to(train.quantum.dtype)
+        parts = [F.linear(step, wide) for step in train.step_values()]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0], sent
+    wide = weight.double()
+    sums = None
+    for step, w in zip(spikes, train.coding.weights(), strict=True):
+        parts = [F.linear(part, wide) for part in by_branch(step.double() * w, train)]
+        sums = parts if sums is None else [s + p for s, p in zip(sums, parts, strict=True)]
+    assert sums is not None  # a window has at least one step
+    return scale(sums, train), sent
+
+
+def _telescope(a: SpikeTrain, b: SpikeTrain, product: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Sent]:
+    """``sum_t A(t) S_B(t) + S_A(t-1) B(t)``; the shorter window is silent in its last steps."""
+    steps_a, steps_b = a.step_values(), b.step_values()
+    sum_a, sum_b = torch.zeros_like(steps_a[0]), torch.zeros_like(steps_b[0])
+    out = product(sum_a, sum_b)
+    for t in range(max(len(steps_a), len(steps_b))):
+        if t < len(steps_b):
+            out = out + product(sum_a, steps_b[t])
+            sum_b = sum_b + steps_b[t]
+        if t < len(steps_a):
+            out = out + product(steps_a[t], sum_b)
+            sum_a = sum_a + steps_a[t]
+    return out, ((steps_a != 0).sum(), (steps_b != 0).sum())
+
+
+def matmul(a: SpikeTrain, b: SpikeTrain, transpose_b: bool) -> tuple[Tensor, Sent]:
+    """The spike-equivalent dot product, step by step."""
+    return _telescope(a, b, lambda x, y: x @ (y.transpose(-1, -2) if transpose_b else y))
+
+
+def hadamard(a: SpikeTrain, b: SpikeTrain) -> tuple[Tensor, Sent]:
+    """The spike-equivalent elementwise product, step by step."""
+    return _telescope(a, b, lambda x, y: x * y)
