@@ -54,7 +54,9 @@ def detokenise_wikitext(text: str) -> str:
         line = re.sub(r" ('(?:s|t|re|ve|ll|d|m)\b)", r"\1", line)
         line = re.sub(r" n't\b", "n't", line)
         line = re.sub(r"(\w) ' (?=\w)", r"\1' ", line)
-        line = re.sub(r" – (?=\d)", "-", line) if re.search(r"\d – \d", line) else line.replace(" – ", " -- ")
+        # A range of numbers gets a hyphen; any other dash is written as the books write it.
+        ranges = re.search(r"\d – \d", line)
+        line = re.sub(r" – (?=\d)", "-", line) if ranges else line.replace(" – ", " -- ")
         paragraphs.append(line)
     return "\n\n".join(paragraphs)
 
@@ -82,8 +84,8 @@ def held_out_text(data: Path, name: str) -> str:
 def split_paragraphs(document: str) -> list[str]:
     """Splits a document after its blank lines.
 
-    No merge crosses the end of a run of newlines, so the pieces may be encoded apart, on all cores at once, and
-    give the ids of the whole.
+    No merge crosses the end of a run of newlines, so the pieces may be encoded apart, on all cores at once,
+    and give the ids of the whole.
     """
     return re.findall(r".+?\n{2,}|.+", document, flags=re.DOTALL)
 
@@ -98,7 +100,8 @@ def train_tokenizer(data: Path, vocab_size: int):
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    # GPT-2's own splitting would leave the last newline of a blank line apart: here a blank line is one token.
+    # GPT-2's own splitting would leave the last newline of a blank line apart: here a blank line is one
+    # token.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\n+"), behavior="isolated"),

@@ -22,8 +22,8 @@ WINDOW = 512  # of the held-out protocol
 def build(name: str, bos: int, eos: int, pad: int) -> nn.Module:
     """Returns a freshly initialised model with tied embeddings and no dropout of its own.
 
-    Every width is a multiple of 64, so group-wise quantization at the usual sizes divides it, and every head is
-    32 wide.
+    Every width is a multiple of 64, so group-wise quantization at the usual sizes divides it, and every
+    head is 32 wide.
     """
     import transformers as hf
 
@@ -98,7 +98,7 @@ def add_residual_dropout(model: nn.Module, p: float) -> None:
 
 
 @torch.no_grad()
-def held_out(forward, ids: np.ndarray, bytes_: int, device: str, rows: int = 32) -> dict:
+def held_out(forward, ids: np.ndarray, bytes_: int, device: str, rows: int = 32, every: int = 1) -> dict:
     """Measures a held-out text in non-overlapping windows of 512 tokens.
 
     In each window the first token is context only and the other 511 are predicted; a last part shorter than a
@@ -110,11 +110,12 @@ def held_out(forward, ids: np.ndarray, bytes_: int, device: str, rows: int = 32)
         bytes_: The text's length in UTF-8 bytes, which turns nats per token into bits per byte.
         device: Where to put the ids.
         rows: Windows in one forward pass.
+        every: Measure only each so many-th window.
 
     Returns:
         nats_per_token, perplexity, bits_per_byte, predicted_tokens, windows.
     """
-    windows = torch.from_numpy(np.asarray(ids[: len(ids) // WINDOW * WINDOW])).view(-1, WINDOW)
+    windows = torch.from_numpy(np.asarray(ids[: len(ids) // WINDOW * WINDOW])).view(-1, WINDOW)[::every]
     total = 0.0
     for start in range(0, len(windows), rows):
         batch = windows[start : start + rows].to(device)
@@ -135,12 +136,12 @@ def held_out(forward, ids: np.ndarray, bytes_: int, device: str, rows: int = 32)
 def calm_attention(model: nn.Module, ids: torch.Tensor, spread: float = 60.0) -> None:
     """Takes the runaway out of attention scores that learned positions and key biases allow.
 
-    Nothing in the loss holds back a part that all keys share, since softmax ignores it, nor the size of a head's
-    scores once one key has all the weight: in training both can run into the thousands, where 16-bit numbers no
-    longer tell keys apart. The shared part is taken off the key bias, which changes nothing but rounding. A head
-    whose scores spread further than `spread` (standard deviation over its visible keys) has its queries shrunk to
-    it; the cost in loss is part of the measured figures. Models without learned positions are left alone: rotary
-    positions turn the bias, so nothing is shared.
+    Nothing in the loss holds back a part that all keys share, since softmax ignores it, nor the size of a
+    head's scores once one key has all the weight: in training both can run into the thousands, where 16-bit
+    numbers no longer tell keys apart. The shared part is taken off the key bias, which changes nothing but
+    rounding. A head whose scores spread further than `spread` (standard deviation over its visible keys)
+    has its queries shrunk to it; the cost in loss is part of the measured figures. Models without learned
+    positions are left alone: rotary positions turn the bias, so nothing is shared.
 
     Args:
         model: A GPT-2 or OPT model.

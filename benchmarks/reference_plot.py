@@ -23,7 +23,10 @@ def draw(results: Path, target: Path) -> None:
         before = 0.0
         for index, stage in enumerate(report["stages"]):
             tokens = [before + point["tokens"] / 1e6 for point in stage["curve"]]
-            for key, label, style in (("valid_loss", "held-out (books)", "-"), ("train_loss", "training", ":")):
+            for key, label, style in (
+                ("valid_loss", "held-out (books)", "-"),
+                ("train_loss", "training", ":"),
+            ):
                 pairs = [(t, p[key]) for t, p in zip(tokens, stage["curve"], strict=True) if p[key]]
                 color = "tab:blue" if key == "valid_loss" else "tab:gray"
                 axis.plot(*zip(*pairs, strict=True), style, color=color, label=None if index else label)
@@ -35,7 +38,9 @@ def draw(results: Path, target: Path) -> None:
         axis.set(title=name, xlabel="million tokens", ylim=(3.0, 5.0))
         axis.legend(fontsize=7)
     axes[0].set_ylabel("nats per token")
-    figure.suptitle("Each model has its own vocabulary (8192, 3072, 3072): compare bits per byte, not nats", fontsize=9)
+    figure.suptitle(
+        "Each model has its own vocabulary (8192, 3072, 3072): compare bits per byte, not nats", fontsize=9
+    )
     figure.tight_layout()
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110)

@@ -4,7 +4,9 @@ import json
 import pytest
 import standin
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from spikeform import checkpoint
 from spikeform.errors import CheckpointError, DamagedCheckpointError, ForeignFolderError
@@ -35,6 +37,16 @@ def test_manifest_says_what_is_there(model, saved):
     assert set(manifest.files) == {"config.json", "generation_config.json", "model.safetensors"}
     assert set(manifest.tensors) == {k for k in model.state_dict() if "rotary" not in k}
     assert manifest.tensors["model.layers.0.self_attn.q_proj.threshold"] == {"shape": [2], "dtype": "F32"}
+
+
+def test_tokenizer_is_part_of_the_checkpoint(model, tmp_path):
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    path = checkpoint.save(model, tmp_path / "m", PreTrainedTokenizerFast(tokenizer_object=words))
+    assert {"tokenizer.json", "tokenizer_config.json"} <= checkpoint.read_manifest(path).files.keys()
+    assert AutoTokenizer.from_pretrained(path)("b")["input_ids"] == [1]
+    (path / "tokenizer.json").unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"tokenizer\.json: missing"):
+        checkpoint.verify(path)
 
 
 def test_report_and_spiking_tensors_are_recorded(tmp_path):

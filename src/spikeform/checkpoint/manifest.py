@@ -74,7 +74,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: str | Path) -> Manifest | None:
-    """The manifest of a folder, None if it has none (then ``save_pretrained`` wrote it, not ``spikeform.save``).
+    """The manifest of a folder; None if it has none, as when ``save_pretrained`` wrote it.
 
     Raises:
         NewerFormatError: a later spikeform wrote it.

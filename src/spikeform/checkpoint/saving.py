@@ -18,7 +18,7 @@ def save(
     max_shard_size: int | str = "5GB",
     command: str | list[str] | None = None,
 ) -> Path:
-    """Save a converted model at once: ``path`` holds the old version or the new one, never half of one.
+    """Save a converted model: ``path`` holds the old version or the new one, never half of one.
 
     The new version is written beside ``path``, synced, checked as ``verify`` does, and then put in place in
     one step. If anything fails, ``path`` is as it was and the unfinished folder is gone.

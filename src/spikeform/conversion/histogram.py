@@ -13,6 +13,7 @@ from spikeform.spikes import power_of_two
 PER_OCTAVE = 4
 LOWEST, HIGHEST = -28, 28  # octaves; smaller inputs share the first bin, larger ones the last
 BINS = (HIGHEST - LOWEST) * PER_OCTAVE
+SAMPLE = 1 << 22  # inputs of one call that are counted
 
 
 class Histogram:
@@ -30,13 +31,20 @@ class Histogram:
     @classmethod
     def of(cls, x_CN: Tensor, shape: tuple[int, ...]) -> Histogram:
         """Histogram of ``x`` given as ``[C, N]``. Zeros are not counted: every threshold codes them exactly."""
-        x_CN = x_CN.detach().float().abs()
-        channels = x_CN.shape[0]
+        x_CN = x_CN.detach().abs()
+        channels, inputs = x_CN.shape
+        peak = (x_CN.amax(1) if inputs else x_CN.new_zeros(channels)).float().cpu()
+        # Shares need no more than a large sample; the peak is of all. Drawn at random (from a fixed seed): a
+        # stride may share a factor with the width, and then never see some channels.
+        if x_CN.numel() > SAMPLE:
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randint(inputs, (max(SAMPLE // channels, 1),), generator=generator)
+            x_CN = x_CN[:, drawn.to(x_CN.device)]
+        x_CN = x_CN.float()
         index = ((x_CN.log2() - LOWEST) * PER_OCTAVE).floor().clamp_(0, BINS - 1).long()
         index += torch.arange(channels, device=x_CN.device)[:, None] * BINS
         counts = torch.bincount(index[x_CN > 0], minlength=channels * BINS).view(channels, BINS)
-        peak = x_CN.amax(1) if x_CN.shape[1] else x_CN.new_zeros(channels)
-        return cls(counts.double().cpu(), peak.cpu(), shape)
+        return cls(counts.double().cpu(), peak, shape)
 
     def add(self, other: Histogram) -> None:
         """Accumulate another batch."""

@@ -14,8 +14,8 @@ __all__ = ["COST_MODELS", "CostModel", "Counter", "EnergyReport", "energy"]
 
 
 class _CallablePackage(ModuleType):
-    # Python binds the name ``spikeform.energy`` to this package as soon as anyone imports from it, so the package
-    # has to answer the call that the function of the same name promises.
+    # Python binds the name ``spikeform.energy`` to this package as soon as anyone imports from it, so the
+    # package has to answer the call that the function of the same name promises.
     __call__ = staticmethod(energy)
 
 

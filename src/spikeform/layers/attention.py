@@ -11,16 +11,18 @@ B batch, H query heads, G key/value heads, R = H / G, L queries, S keys, E head 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from spikeform.neurons import MT, Neuron
 from spikeform.spikes import SpikeTrain
+from spikeform.spikes.trace import observer
 from spikeform.synapses import hadamard, matmul
 
 NAME = "spikeform"
@@ -53,10 +55,8 @@ class SpikingAttention(nn.Module):
         self.query, self.key, self.value, self.probability = query, key, value, probability
         self.exp, self.reciprocal, self.site = exp, reciprocal, site
 
-    def forward(
-        self, q_BHLE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, scaling: float
-    ) -> tuple[Tensor, Tensor]:
-        """Attention output ``[B, L, H, E]`` and probabilities ``[B, H, L, S]``.
+    def forward(self, q_BHLE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Attention output ``[B, L, H, E]``.
 
         Args:
             q_BHLE: Real queries.
@@ -67,39 +67,43 @@ class SpikingAttention(nn.Module):
         """
         batch, heads, length, size = q_BHLE.shape
         groups, keys = k_BGSE.shape[1], k_BGSE.shape[2]
-
-        def by_group(x: Tensor) -> Tensor:  # query heads of one key/value head stand together: no copies of k, v
-            return x.reshape(batch, groups, -1, x.shape[-1])
-
-        q = self.query(q_BHLE).map(by_group)
-        k = unpack(k_BGSE, self.key) if not k_BGSE.is_floating_point() else self.key(k_BGSE)
-        v = unpack(v_BGSE, self.value) if not v_BGSE.is_floating_point() else self.value(v_BGSE)
-        visible = None
+        # Query heads of one key/value head stand together as rows, so keys and values are never copied.
+        q = self.query(q_BHLE).map(lambda x: x.reshape(batch, groups, -1, size))
+        k = self.key(k_BGSE) if k_BGSE.is_floating_point() else unpack(k_BGSE, self.key, q.quantum.dtype)
+        v = self.value(v_BGSE) if v_BGSE.is_floating_point() else unpack(v_BGSE, self.value, q.quantum.dtype)
+        visible = alive = None
         if mask is not None:
-            mask = mask[..., :keys].expand(batch, heads, length, keys)
-            visible = by_group(mask > torch.finfo(mask.dtype).min / 2)
+            mask = mask[..., :keys]
+            mask = mask.view(mask.shape[0], -1, 1, length, keys) if mask.shape[1] == 1 else mask.unflatten(1, (groups, -1))
+            alive = (mask > torch.finfo(mask.dtype).min / 2).any(-1, keepdim=True)
+            if observer() is not None:
+                seen = (mask > torch.finfo(mask.dtype).min / 2).expand(batch, groups, heads // groups, length, keys)
+                visible = seen.reshape(batch, groups, -1, keys)
         scores = matmul(q, k, transpose_b=True, mask=visible, site=f"{self.site}.scores") * scaling
+        scores = scores.view(batch, groups, heads // groups, length, keys)
         if mask is not None:
-            # Soft biases are added; hidden keys are gated off below, so that they send nothing at all.
-            scores = scores + by_group(mask.to(scores.dtype)).masked_fill(~visible, 0.0)
-        p = self.probability(self._softmax(scores, visible))
-        context = matmul(p, v, connected=visible, site=f"{self.site}.context")
-        context_BHLE = context.reshape(batch, heads, length, size)
-        probabilities = p.decode().reshape(batch, heads, length, keys)
-        return context_BHLE.transpose(1, 2).contiguous().to(q_BHLE.dtype), probabilities
+            scores = scores + mask
+        weights = self._softmax(scores, alive).view(batch, groups, -1, keys)
+        context = matmul(self.probability(weights), v, connected=visible, site=f"{self.site}.context")
+        return context.reshape(batch, heads, length, size).transpose(1, 2).contiguous().to(q_BHLE.dtype)
 
-    def _softmax(self, scores: Tensor, visible: Tensor | None) -> Tensor:
-        """HG softmax over the last axis; a row that sees nothing gives zeros."""
-        if visible is not None:
-            scores = scores.masked_fill(~visible, float("-inf"))
-        peak = scores.amax(-1, keepdim=True)
-        shifted = scores - peak.masked_fill(peak == float("-inf"), 0.0)
+    def _softmax(self, scores: Tensor, alive: Tensor | None) -> Tensor:
+        """HG softmax over the last axis.
+
+        A hidden key's score is so low that its exponential is zero: it sends nothing. A row that sees no key at
+        all (``alive`` false: padding) gives zeros.
+        """
+        lowest = torch.finfo(scores.dtype).min
+        shifted = scores - scores.amax(-1, keepdim=True).clamp(min=lowest)  # finite, where all is -inf
         if self.exp is None or self.reciprocal is None:
-            return torch.softmax(shifted, -1).nan_to_num(0.0)
+            weights = torch.softmax(shifted, -1)
+            return weights if alive is None else weights.masked_fill(~alive, 0.0)
         e = self.exp(shifted)
         # exp(0) = 1 is the largest term, so a row that sees any key sums to at least 1.
-        total = e.decode().sum(-1, keepdim=True).clamp(min=0.5)
-        return hadamard(e, self.reciprocal(total), site=f"{self.site}.softmax")
+        inverse = self.reciprocal(e.decode().sum(-1, keepdim=True).clamp(min=0.5))
+        if alive is not None:
+            inverse = inverse.map(lambda x: x * alive.to(x.dtype))
+        return hadamard(e, inverse, site=f"{self.site}.softmax")
 
 
 def pack(train: SpikeTrain) -> Tensor:
@@ -110,10 +114,10 @@ def pack(train: SpikeTrain) -> Tensor:
     return packed.to(torch.int16) if train.coding.limit < 2**14 else packed
 
 
-def unpack(packed: Tensor, neuron: MT) -> SpikeTrain:
+def unpack(packed: Tensor, neuron: MT, dtype: torch.dtype = torch.float32) -> SpikeTrain:
     """The train that :func:`pack` stored. A train from the cache has fired before: it is not reported again."""
     branch = (packed & 1).bool() if neuron.populations == 2 else None
-    return SpikeTrain(packed >> 1, neuron.quantum(), neuron.coding, branch)
+    return SpikeTrain(packed >> 1, neuron.quantum().to(dtype), neuron.coding, branch)
 
 
 class CodeCache:
@@ -126,8 +130,19 @@ class CodeCache:
         self._cache, self._spiking = cache, spiking
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
-        """Append codes; returns the packed codes of all keys and values so far."""
+        """Append codes; returns the packed codes of all keys and values so far.
+
+        Raises:
+            ValueError: The cache was filled by a dense model: its numbers are no codes.
+        """
         key, value = pack(self._spiking.key(key_states)), pack(self._spiking.value(value_states))
+        layers = getattr(self._cache, "layers", ())
+        held = getattr(layers[layer_idx], "keys", None) if layer_idx < len(layers) else None
+        if held is not None and held.numel() and held.is_floating_point():
+            raise ValueError(
+                f"{self._spiking.site}: the cache holds real keys, as a dense model leaves them, and no codes; begin "
+                "with a new cache"
+            )
         return self._cache.update(key, value, layer_idx, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -142,6 +157,7 @@ def install(attention: nn.Module, spiking: SpikingAttention) -> None:
 
 def _cache_of_codes(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     def view(value: Any) -> Any:
+        value = value.self_attention_cache if isinstance(value, EncoderDecoderCache) else value
         return CodeCache(value, module.spiking) if isinstance(value, Cache) else value
 
     return tuple(view(a) for a in args), {name: view(value) for name, value in kwargs.items()}
@@ -156,33 +172,30 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """transformers' attention interface. Dense attention modules of the same model fall through to eager.
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface. Dense attention modules of the same model take their family's own.
 
     Raises:
         ValueError: An option of the family that changes the scores is not known here.
     """
-    for option in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(option) is not None:
-            raise ValueError(f"spiking attention does not know {option!r}; leave {type(module).__name__} dense (skip)")
     spiking = getattr(module, "spiking", None)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if spiking is None:
-        return _dense(query, key, value, attention_mask, scaling, dropout, module.training)
-    return spiking(query, key, value, attention_mask, scaling)
+        eager = _eager_of(type(module))
+        return eager(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    for option in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(option) is not None:
+            raise ValueError(f"spiking attention does not know {option!r}; leave {type(module).__name__} dense (skip)")
+    return spiking(query, key, value, attention_mask, scaling), None
 
 
-def _dense(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, dropout: float, training: bool
-) -> tuple[Tensor, Tensor]:
-    repeat = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    scores = q @ k.transpose(-1, -2) * scaling
-    if mask is not None:
-        scores = scores + mask[..., : k.shape[2]]
-    p = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
-    p = nn.functional.dropout(p, dropout, training)
-    return (p @ v).transpose(1, 2).contiguous(), p
+def _eager_of(kind: type) -> Any:
+    """The eager attention function of the family that ``kind`` comes from (its own, or a base class's, module)."""
+    for base in kind.__mro__:
+        eager = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
+        if eager is not None:
+            return eager
+    raise ValueError(f"{kind.__name__} stays dense, but its family has no eager attention to run it with")
 
 
 # Without the mask registration a model would pass no mask at all, and padding would be ignored in silence.

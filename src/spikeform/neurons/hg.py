@@ -14,6 +14,7 @@ inside the bank, at most ``2^low`` below it (nothing fires), and saturation, cou
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spikeform.neurons.functions import FUNCTIONS
@@ -22,6 +23,66 @@ from spikeform.spikes import Coding, SpikeTrain, power_of_two
 from spikeform.spikes.trace import Firing, observer
 
 MANTISSA_BITS = 24  # of fp32, the implicit one included
+
+
+class BinadeTrain(SpikeTrain):
+    """A train of an HG bank, held as its fp32 value: the exponent is the sub-neuron, the mantissa the code.
+
+    Codes and branches are taken from the bits when they are asked for; a collapsed product never asks.
+
+    Args:
+        value: Decoded value ``[...]``, a T-bit mantissa each.
+        coding: Its steps T are the bits of a code.
+        low: Sub-neuron 0 sends values in ``[2^low, 2^(low+1))``.
+        high: The last one sends values below ``2^high``.
+    """
+
+    def __init__(self, value: Tensor, coding: Coding, low: int, high: int) -> None:
+        for name, item in (("value", value), ("coding", coding), ("low", low), ("high", high)):
+            object.__setattr__(self, name, item)
+
+    value: Tensor
+    low: int
+    high: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the population, without time."""
+        return self.value.shape
+
+    def _bits(self) -> tuple[Tensor, Tensor]:
+        bits = self.value.float().contiguous().view(torch.int32)
+        return bits, (bits >> 23) & 0xFF
+
+    @property
+    def codes(self) -> Tensor:  # type: ignore[override]
+        """Signed T-bit mantissas, int32."""
+        bits, exponent = self._bits()
+        magnitude = ((bits & 0x7FFFFF) | 0x800000) >> (MANTISSA_BITS - self.coding.steps)
+        return torch.where(bits < 0, -magnitude, magnitude).masked_fill(exponent == 0, 0)
+
+    @property
+    def branch(self) -> Tensor:  # type: ignore[override]
+        """Sub-neuron of each element, uint8 (0 where nothing fires)."""
+        return (self._bits()[1] - 127 - self.low).clamp_(0, self.high - self.low - 1).to(torch.uint8)
+
+    @property
+    def quantum(self) -> Tensor:  # type: ignore[override]
+        """Value of one code unit of each sub-neuron ``[high - low]``."""
+        exponents = torch.arange(self.low + 1, self.high + 1, device=self.value.device) - self.coding.steps
+        return power_of_two(exponents, self.value.dtype)
+
+    def unit(self) -> Tensor:
+        """Value of one code unit of each element."""
+        return self.quantum[self.branch.long()]
+
+    def decode(self) -> Tensor:
+        """The value itself."""
+        return self.value
+
+    def map(self, function) -> BinadeTrain:
+        """The same train with ``function`` applied to its values."""
+        return BinadeTrain(function(self.value), self.coding, self.low, self.high)
 
 
 class FixedPointHG(Neuron):
@@ -59,30 +120,21 @@ class FixedPointHG(Neuron):
         """The train of ``f(x)``, ``[...]``; ``branch`` is the binade's sub-neuron, lowest first."""
         y = FUNCTIONS[self.function](x.float())
         steps = self.coding.steps
+        top = (1 - 2.0**-steps) * 2.0**self.high
         dropped = MANTISSA_BITS - steps
-        # Rounding the mantissa of an fp32 number to T bits is the code; the carry into the exponent is the
-        # step to the next sub-neuron. Integer arithmetic on the bits is exact and takes few passes.
-        bits = y.contiguous().view(torch.int32)
-        magnitude = bits & 0x7FFFFFFF
+        # Rounding the mantissa of an fp32 number to T bits is the code; the carry into the exponent is the step
+        # to the next sub-neuron. Integer arithmetic on the bits is exact, for either sign, and takes few passes.
+        bits = y.clamp(-top, top).contiguous().view(torch.int32)
         if self.rounding == "nearest":
-            magnitude = magnitude + (1 << (dropped - 1))
-        exponent = (magnitude >> 23) - 126  # 2^(exponent-1) <= |value| < 2^exponent
-        codes = ((magnitude & 0x7FFFFF) | 0x800000) >> dropped
-        above, below = exponent > self.high, exponent <= self.low
-        codes = torch.where(above, (1 << steps) - 1, codes).masked_fill(below, 0)
-        codes = torch.where(bits < 0, -codes, codes)
-        branch = (exponent - self.low - 1).clamp_(0, self.high - self.low - 1).to(torch.uint8)
-        exponents = torch.arange(self.low + 1, self.high + 1, device=x.device) - steps
-        train = SpikeTrain(codes, power_of_two(exponents, _dtype(x)), self.coding, branch)
+            bits = bits + (1 << (dropped - 1))
+        value = (bits & -(1 << dropped)).view(torch.float32)
+        value = F.hardshrink(value, 2.0**self.low * (1 - 2.0**-MANTISSA_BITS))  # below the bank: silence
+        train = BinadeTrain(value.to(x.dtype) if x.dtype == torch.float64 else value, self.coding, self.low, self.high)
         listener = observer()
         if listener is not None:
-            listener(Firing(self.site, self.function, train, x, above.sum()))
+            listener(Firing(self.site, self.function, train, x, (y.abs() > top).sum()))
         return train
 
     def extra_repr(self) -> str:
         """Function, coding, rounding, bank."""
         return f"{self.function}, {self.coding}, {self.rounding}, 2^{self.low}..2^{self.high}"
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

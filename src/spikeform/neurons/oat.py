@@ -41,9 +41,7 @@ def round_codes(scaled: Tensor, coding: Coding, rounding: str) -> Tensor:
     else:
         codes = (scaled.abs().ceil() - 1).clamp_(min=0) * scaled.sign()
     codes = codes.clamp_(-coding.limit, coding.limit)
-    magnitude = codes.abs()
-    kept = coding.nearest_code(magnitude)
-    return codes if kept is magnitude else kept * codes.sign()
+    return codes if coding.dense else coding.nearest_code(codes.abs()) * codes.sign()
 
 
 class MT(Neuron):
@@ -115,8 +113,9 @@ class MT(Neuron):
         x = x if x.dtype == torch.float64 else x.float()
         return x if self.channel_shift is None else x * power_of_two(-self.channel_shift, x.dtype)
 
-    def _codes(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        return round_codes(v / (self.threshold / self.coding.resolution), self.coding, self.rounding), None
+    def gate(self, v: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Sub-neuron of each element (None where there is one), and its code unit (a scalar, or elementwise)."""
+        return None, self.threshold[0] / self.coding.resolution
 
     def encode(self, x: Tensor) -> SpikeTrain:
         """The spike train of real input ``x`` ``[..., C]``.
@@ -129,8 +128,10 @@ class MT(Neuron):
         v = self.drive(x)
         if record is not None and not self.calibrated:
             return SpikeTrain(v, v.new_ones(1), self.coding)
-        codes, branch = self._codes(v)
-        train = SpikeTrain(codes, self.quantum().to(v.dtype), self.coding, branch)
+        branch, unit = self.gate(v)
+        codes = round_codes(v / unit, self.coding, self.rounding)
+        shifted = self.channel_shift is not None and not self.folded
+        train = SpikeTrain(codes, self.quantum().to(v.dtype), self.coding, branch, None if shifted else unit)
         listener = observer()
         if listener is not None:
             listener(Firing(self.site, "identity", train, x, (v.abs() > self.threshold[-1]).sum()))
@@ -149,7 +150,8 @@ class OAT(MT):
 
     populations = 2
 
-    def _codes(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    def gate(self, v: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The outlier sub-neuron takes what is not below the normal threshold."""
         unit = self.threshold / self.coding.resolution
         outlier = v.abs() >= self.threshold[0]
-        return round_codes(v / torch.where(outlier, unit[1], unit[0]), self.coding, self.rounding), outlier
+        return outlier, torch.where(outlier, unit[1], unit[0])

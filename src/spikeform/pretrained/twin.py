@@ -1,21 +1,21 @@
 """The outlier twin of a model: the same function, with activation outliers built in.
 
-Large language models have a few activation channels that are 10 to 1000 times larger than the others, and spike
-codings differ most in how they bear them. Small models lack such channels. `outlier_twin` builds them in, by
-rescaling chosen channels between a producer and its consumers:
+Large language models have a few activation channels that are 10 to 1000 times larger than the others, and
+spike codings differ most in how they bear them. Small models lack such channels. `outlier_twin` builds them
+in, by rescaling chosen channels between a producer and its consumers:
 
     norm          gain (and bias) of a norm x s     input columns of all its consumers / s
     value         rows of the value projection x s  matching columns of the output projection / s
     feed_forward  rows of the up projection x s     matching columns of the down projection / s
 
-The last holds where what lies between is linear in the scaled channel: a gated unit (SwiGLU, GeGLU), or a ReLU,
-which is positively homogeneous. GELU is neither, so the plain GELU networks (GPT-2, GPT-NeoX, Phi, BERT) have no
-feed_forward pair. Where the norm also feeds the residual stream (post-norm: BERT) or the result of the model,
-or a head tied to the input embedding, there is no norm pair.
+The last holds where what lies between is linear in the scaled channel: a gated unit (SwiGLU, GeGLU), or a
+ReLU, which is positively homogeneous. GELU is neither, so the plain GELU networks (GPT-2, GPT-NeoX, Phi,
+BERT) have no feed_forward pair. Where the norm also feeds the residual stream (post-norm: BERT) or the
+result of the model, or a head tied to the input embedding, there is no norm pair.
 
-Powers of two only change exponents, so with the default factors every product and every sum of the twin rounds
-as the model's own does: its outputs are equal bit by bit where the same kernels run. The exception is Gemma, whose
-norm multiplies by 1 + weight: there the stored weight is rounded once.
+Powers of two only change exponents, so with the default factors every product and every sum of the twin
+rounds as the model's own does: its outputs are equal bit by bit where the same kernels run. The exception
+is Gemma, whose norm multiplies by 1 + weight: there the stored weight is rounded once.
 """
 
 from __future__ import annotations
@@ -73,14 +73,15 @@ def outlier_twin(
 
     Args:
         model: A dense Hugging Face model of a supported family. It is left as it is.
-        scales: The factors, dealt to the channels in turn. Powers of two keep the function bit by bit; any other
-            positive number keeps it up to rounding.
+        scales: The factors, dealt to the channels in turn. Powers of two keep the function bit by bit; any
+            other positive number keeps it up to rounding.
         channels: How many channels of each pair are rescaled.
         seed: Of the draw of the channels.
         kinds: Which kinds of pairs to use.
 
     Returns:
-        The twin. Its attribute `outlier_pairs`, a tuple of `ScaledPair`, says which channels got which factor.
+        The twin. Its attribute `outlier_pairs`, a tuple of `ScaledPair`, says which channels got which
+        factor.
 
     Raises:
         ValueError: If the architecture is not supported, or none of `kinds` exists in it.
@@ -181,7 +182,7 @@ def _having(model: nn.Module, *attributes: str) -> Iterator[nn.Module]:
 
 
 def _head(model: nn.Module, norm_name: str) -> Iterator[_Pair]:
-    """The final norm and the head, unless the head is tied or absent (then the norm's output is the result)."""
+    """The final norm and the head, unless the head is tied, or absent: then the norm gives the result."""
     head = model.get_output_embeddings()
     base = getattr(model, model.base_model_prefix, None)
     if head is None or base is None or head.weight is model.get_input_embeddings().weight:

@@ -61,6 +61,11 @@ class Coding:
         """Step weights in units of the quantum, first step first."""
         raise AttributeError(f"{type(self).__name__} has no step weights")
 
+    @property
+    def dense(self) -> bool:
+        """Whether every integer up to the limit has a code."""
+        return True
+
     def nearest_code(self, codes: Tensor) -> Tensor:
         """The representable code next below each magnitude (the identity where every integer has a code)."""
         return codes
@@ -72,6 +77,10 @@ class Coding:
     def count(self, codes: Tensor) -> Tensor:
         """Spikes that each element sends in its window: int32, the shape of ``codes``."""
         return (self.unroll(codes) != 0).sum(0, dtype=torch.int32)
+
+    def sent(self, spikes: Tensor) -> Tensor:
+        """Spikes in an unrolled train ``[window, ...]``, a 0-d tensor: one a step that is not silent."""
+        return (spikes != 0).sum()
 
 
 def check_steps(steps: object) -> None:
@@ -182,6 +191,11 @@ class MultiThreshold(Coding):
         """``2^(T-1) .. 1``; the spike's amplitude is the sub-level."""
         return [1 << (self.steps - 1 - t) for t in range(self.steps)]
 
+    @property
+    def dense(self) -> bool:
+        """With sub-levels some integers fall between two codes."""
+        return self.levels == 1
+
     def nearest_code(self, codes: Tensor) -> Tensor:
         """Drop what is left in the membrane after the last step (less than ``levels`` units)."""
         residue = codes.clone()
@@ -281,6 +295,10 @@ class Burst(Coding):
     def count(self, codes: Tensor) -> Tensor:
         """The magnitude: each unit is a spike of its own."""
         return codes.abs().to(torch.int32)
+
+    def sent(self, spikes: Tensor) -> Tensor:
+        """Unit spikes: the sum of the magnitudes."""
+        return spikes.abs().sum(dtype=torch.int64)
 
 
 CODINGS: dict[str, type[Coding]] = {

@@ -28,12 +28,14 @@ class SpikeTrain:
             of ``codes`` (empty for a scalar each). ``R`` is 1 where ``branch`` is None.
         coding: How a code unrolls.
         branch: Sub-neuron of each element, integer, the shape of ``codes``, or None where there is one.
+        known_unit: What :meth:`unit` gives, where the neuron has it at hand already.
     """
 
     codes: Tensor
     quantum: Tensor
     coding: Coding
     branch: Tensor | None = None
+    known_unit: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -42,6 +44,8 @@ class SpikeTrain:
 
     def unit(self) -> Tensor:
         """Value of one code unit of each element; broadcasts to the shape of ``codes``."""
+        if self.known_unit is not None:
+            return self.known_unit
         if self.branch is None:
             return self.quantum[0]
         if self.quantum.shape[0] == 2:
@@ -81,4 +85,6 @@ class SpikeTrain:
         The quantum must be scalar per sub-neuron, or ``function`` must leave its broadcasting valid.
         """
         branch = None if self.branch is None else function(self.branch)
-        return replace(self, codes=function(self.codes), branch=branch)
+        unit = self.known_unit
+        unit = function(unit) if unit is not None and unit.ndim else unit
+        return replace(self, codes=function(self.codes), branch=branch, known_unit=unit)

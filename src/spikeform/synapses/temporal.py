@@ -17,7 +17,7 @@ Sent = tuple[Tensor, ...]
 def linear(train: SpikeTrain, weight: Tensor) -> tuple[Tensor, Sent]:
     """``sum_t s(t) W^T``, spike by spike step; integer weights accumulate integers per sub-neuron."""
     spikes = train.unroll()
-    sent = ((spikes != 0).sum(),)
+    sent = (train.coding.sent(spikes),)
     if weight.is_floating_point():
         wide = weight.to(train.quantum.dtype)
         parts = [F.linear(step, wide) for step in train.step_values()]
@@ -34,6 +34,7 @@ def linear(train: SpikeTrain, weight: Tensor) -> tuple[Tensor, Sent]:
 def _telescope(a: SpikeTrain, b: SpikeTrain, product: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Sent]:
     """``sum_t A(t) S_B(t) + S_A(t-1) B(t)``; the shorter window is silent in its last steps."""
     steps_a, steps_b = a.step_values(), b.step_values()
+    sent = a.coding.sent(a.unroll()), b.coding.sent(b.unroll())
     sum_a, sum_b = torch.zeros_like(steps_a[0]), torch.zeros_like(steps_b[0])
     out = product(sum_a, sum_b)
     for t in range(max(len(steps_a), len(steps_b))):
@@ -43,7 +44,7 @@ def _telescope(a: SpikeTrain, b: SpikeTrain, product: Callable[[Tensor, Tensor],
         if t < len(steps_a):
             out = out + product(steps_a[t], sum_b)
             sum_a = sum_a + steps_a[t]
-    return out, ((steps_a != 0).sum(), (steps_b != 0).sum())
+    return out, sent
 
 
 def matmul(a: SpikeTrain, b: SpikeTrain, transpose_b: bool) -> tuple[Tensor, Sent]:

@@ -14,6 +14,7 @@ from spikeform.neurons import MT
 from spikeform.spikes import power_of_two
 
 MAX_SHIFT = 24
+PSEUDO_COUNTS = 32
 _OUTLIER_CUTS = 28  # quarter octaves below the margin that least_error may cut the largest threshold
 
 
@@ -73,13 +74,15 @@ def channel_shifts(histogram: Histogram) -> Tensor:
     """Exponents ``[C]``, int8, that bring every channel's root mean square near the median channel's.
 
     The root mean square, not the peak: it is the steadier of the two, and the shared threshold then leaves most
-    channels room above what calibration saw.
+    channels room above what calibration saw. A channel that calibration hardly saw (a ReLU that seldom opens)
+    is drawn towards the median by pseudo-counts, since its next input may be any size.
     """
-    level = histogram.mean_square().clamp(min=1e-30).log2() / 2
-    live = histogram.peak > 0
-    reference = level[live].median() if bool(live.any()) else level.new_zeros(())
-    shift = (level - reference).round().clamp(-MAX_SHIFT, MAX_SHIFT)
-    return torch.where(live, shift, torch.zeros_like(shift)).to(torch.int8)
+    seen, square = histogram.counts.sum(1), histogram.mean_square()
+    live = seen > 0
+    reference = square[live].median() if bool(live.any()) else square.new_ones(())
+    square = (seen * square + PSEUDO_COUNTS * reference) / (seen + PSEUDO_COUNTS)
+    shift = ((square / reference).log2() / 2).round().clamp(-MAX_SHIFT, MAX_SHIFT)
+    return shift.to(torch.int8)
 
 
 def _channel_weight(neuron: MT, histogram: Histogram) -> Tensor:

@@ -1,0 +1,98 @@
+"""Tiny random models of every family that spikeform knows, shared by the tests.
+
+Hidden size 64, four heads of 16, two layers, a vocabulary of 120. Weights are drawn four times larger than
+usual, because the logits of a fresh tiny model are all but flat, and attention that sees everything alike hides
+mistakes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCABULARY, CONTEXT, WINDOW = 120, 64, 6
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    **_TOKENS,
+}
+_LLAMA = {**_SIZES, "intermediate_size": 112, "num_key_value_heads": 2}
+
+
+def _opt(**more):
+    sizes = {k: v for k, v in _SIZES.items() if k != "intermediate_size"}
+    return OPTForCausalLM(OPTConfig(**sizes, ffn_dim=112, word_embed_proj_dim=more.pop("proj", 64), **more))
+
+
+def _bert(cls, **more):
+    return cls(BertConfig(**_SIZES, intermediate_size=112, **more))
+
+
+_BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT, **_TOKENS)
+    ),
+    "opt": _opt,
+    "opt_post_norm": lambda: _opt(do_layer_norm_before=False, proj=32),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_LLAMA)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**_LLAMA, sliding_window=None)),
+    "mistral_window": lambda: MistralForCausalLM(MistralConfig(**_LLAMA, sliding_window=WINDOW)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_LLAMA)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_LLAMA, head_dim=16, tie_word_embeddings=True)),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_SIZES, intermediate_size=112)),
+    "phi": lambda: PhiForCausalLM(PhiConfig(**_LLAMA, partial_rotary_factor=0.5)),
+    "phi_qk_norm": lambda: PhiForCausalLM(PhiConfig(**_LLAMA, partial_rotary_factor=0.5, qk_layernorm=True)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**{**_LLAMA, "num_key_value_heads": 1}, head_dim=24)),
+    "bert": lambda: _bert(BertForSequenceClassification, num_labels=3),
+    "bert_mlm": lambda: _bert(BertForMaskedLM),
+}
+FAMILIES = tuple(_BUILDERS)
+CAUSAL = tuple(name for name in FAMILIES if not name.startswith("bert"))
+TWINS = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi", "gemma", "bert")
+
+
+def build(family: str, seed: int = 0) -> PreTrainedModel:
+    """A dense model of a family; the same bits for the same seed."""
+    torch.manual_seed(seed)
+    model = _BUILDERS[family]().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter *= 4
+            else:  # biases, gains and offsets that say nothing (0, 1) would hide mistakes too
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def tokens(rows: int = 2, length: int = 16, seed: int = 1) -> torch.Tensor:
+    """Random token ids ``[rows, length]``, no padding or special token among them."""
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
