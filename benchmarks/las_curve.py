@@ -1,6 +1,6 @@
 """LAS against the dense model: the curve over T for every coding and rounding, with spikes and energy.
 
-    python benchmarks/las_curve.py --model llama --out llama.json [--twin] [--tokens 100000] [--plan full|bars]
+    python benchmarks/las_curve.py --model llama --out llama.json [--twin] [--tokens 100000] [--options radix2 …]
 
 Text: ``books/valid`` (evaluation) and the head of ``books/train-00`` (calibration) under SPIKEFORM_DATA.
 Protocol: non-overlapping windows of 512 tokens; calibration on 16 windows of 512 tokens. Radix-2 and
@@ -14,7 +14,6 @@ import copy
 import json
 import platform
 import time
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -31,22 +30,22 @@ from spikeform.spikes import Radix2, SignedDigit
 WINDOW, CALIBRATION_WINDOWS = 512, 16
 
 
-def plan(name: str, twin: bool) -> list[dict]:
-    """Configurations to run, most wanted first."""
-    base = [{}, {"per_channel": True}] if twin else [{}, {"rounding": "floor"}, {"per_channel": True}]
-    wanted = [
-        {"steps": steps, **options} for steps, options in product((16, 12, 8), [{}, {"per_channel": True}])
-    ]
-    if name == "bars":
-        return wanted
-    for options, steps in product(base, range(16, 1, -1)):
-        wanted.append({"steps": steps, **options})
-    if not twin:
-        multi = [{"coding": "multi_threshold", "levels": levels} for levels in (2, 4)]
-        extra = [*multi, *({**m, "rounding": "floor"} for m in multi), {"outlier": False}]
-        wanted += [{"steps": steps, **options} for options, steps in product(extra, range(16, 1, -1))]
-    unique: list[dict] = []
-    return [c for c in wanted if c not in unique and not unique.append(c)]
+OPTIONS = {
+    "radix2": {},
+    "radix2-floor": {"rounding": "floor"},
+    "per-channel": {"per_channel": True},
+    "mt2": {"coding": "multi_threshold", "levels": 2},
+    "mt4": {"coding": "multi_threshold", "levels": 4},
+    "mt2-floor": {"coding": "multi_threshold", "levels": 2, "rounding": "floor"},
+    "mt4-floor": {"coding": "multi_threshold", "levels": 4, "rounding": "floor"},
+    "single": {"outlier": False},
+}
+
+
+def plan(names: list[str]) -> list[dict]:
+    """Configurations to run: T = 16, 12 and 8 of each option first, then the whole curve."""
+    order = [16, 12, 8, *(t for t in range(15, 1, -1) if t not in (12, 8))]
+    return [{"steps": t, **OPTIONS[n]} for part in (order[:3], order[3:]) for n in names for t in part]
 
 
 def spikes_and_energy(model, ids) -> dict:
@@ -82,7 +81,7 @@ def main() -> None:
     parser.add_argument("--twin", action="store_true")
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--energy-tokens", type=int, default=1024)
-    parser.add_argument("--plan", choices=("full", "bars"), default="full")
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=["radix2", "per-channel"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--minutes", type=float, default=60.0, help="stop starting configurations after this")
@@ -110,7 +109,7 @@ def main() -> None:
         "rows": [],
     }
     start = time.time()
-    for config in plan(args.plan, args.twin):
+    for config in plan(args.options):
         if time.time() - start > args.minutes * 60:
             result["unfinished"] = True
             break

@@ -69,14 +69,25 @@ def build(name: str, bos: int, eos: int, pad: int) -> nn.Module:
     raise ValueError(f"unknown model {name!r}: one of {', '.join(NAMES)}")
 
 
-def use_plain_causal_attention(model: nn.Module) -> None:
+def use_plain_causal_attention(model: nn.Module) -> list[torch.Tensor]:
     """Makes attention causal without a mask tensor, so that the fused kernel without one runs.
 
     Training sequences are full and never padded. While a model is compiled, transformers would build a mask.
+
+    Returns:
+        A list to which each layer, while training, appends the mean square size of its scores (had queries and
+        keys no common direction), mean over heads. The caller empties it.
     """
     from transformers import AttentionInterface
 
+    sizes: list[torch.Tensor] = []
+
     def attention(module, query, key, value, attention_mask, scaling=None, **_):
+        if module.training:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            q, k = (x.float().square().mean((0, 2, 3)) for x in (query, key))
+            groups = q.shape[0] // k.shape[0]
+            sizes.append((q * k.repeat_interleave(groups)).mean() * query.shape[-1] * scale**2)
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
@@ -84,6 +95,7 @@ def use_plain_causal_attention(model: nn.Module) -> None:
 
     AttentionInterface.register("plain_causal", attention)
     model.set_attn_implementation("plain_causal")
+    return sizes
 
 
 def add_residual_dropout(model: nn.Module, p: float) -> None:

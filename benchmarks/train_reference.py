@@ -44,6 +44,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch-tokens", type=int, default=32768)
     parser.add_argument("--lr", type=float, help="peak; default: 2e-3 for llama, 1e-3 for the others")
+    parser.add_argument(
+        "--score-penalty",
+        type=float,
+        help="times the mean square attention score; default: 0 for llama, 1e-4 for the others",
+    )
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument(
         "--dropout", type=float, default=0.0, help="on what blocks write to the residual stream"
@@ -62,6 +67,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.lr is None:  # at 2.5e-3 the attention scores of gpt2 and opt run away
         arguments.lr = 2e-3 if arguments.model == "llama" else 1e-3
+    if arguments.score_penalty is None:  # with learned positions nothing else holds the scores' size back
+        arguments.score_penalty = 0.0 if arguments.model == "llama" else 1e-4
     return arguments
 
 
@@ -147,7 +154,7 @@ def train(arguments: argparse.Namespace) -> dict:
     model = reference.build(name, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     if arguments.init:
         model.load_state_dict(type(model).from_pretrained(arguments.init, dtype=torch.float32).state_dict())
-    reference.use_plain_causal_attention(model)
+    score_sizes = reference.use_plain_causal_attention(model)
     reference.add_residual_dropout(model, arguments.dropout)
     model.to(device)
     optimizer = make_optimizer(model, arguments, device)
@@ -160,8 +167,10 @@ def train(arguments: argparse.Namespace) -> dict:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             return model(input_ids=ids, use_cache=False).logits
 
-    def loss_of(batch: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits_of(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())
+    def loss_of(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        score_sizes.clear()
+        loss = F.cross_entropy(logits_of(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())
+        return loss, torch.stack(score_sizes).sum()
 
     compiled = loss_of if arguments.no_compile else torch.compile(loss_of)
     step, elapsed, curve, best, best_weights, waited = 0, 0.0, [], math.inf, None, 0
@@ -220,8 +229,8 @@ def train(arguments: argparse.Namespace) -> dict:
         rate = learning_rate(progress, arguments.lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = compiled(batches.at(step))
-        loss.backward()
+        loss, score_size = compiled(batches.at(step))
+        (loss + arguments.score_penalty * score_size).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

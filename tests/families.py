@@ -1,8 +1,8 @@
 """Tiny random models of every family that spikeform knows, shared by the tests.
 
 Hidden size 64, four heads of 16, two layers, a vocabulary of 120. Weights are drawn four times larger than
-usual, because the logits of a fresh tiny model are all but flat, and attention that sees everything alike hides
-mistakes.
+usual, because the logits of a fresh tiny model are all but flat, and attention that sees everything alike
+hides mistakes.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
 FAMILIES = tuple(_BUILDERS)
 CAUSAL = tuple(name for name in FAMILIES if not name.startswith("bert"))
 TWINS = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi", "gemma", "bert")
+ALL = tuple((name, False) for name in FAMILIES) + tuple((name, True) for name in TWINS)  # (family, is a twin)
 
 
 def build(family: str, seed: int = 0) -> PreTrainedModel:
@@ -85,7 +86,7 @@ def build(family: str, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = _BUILDERS[family]().eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter *= 4
             else:  # biases, gains and offsets that say nothing (0, 1) would hide mistakes too
@@ -96,3 +97,14 @@ def build(family: str, seed: int = 0) -> PreTrainedModel:
 def tokens(rows: int = 2, length: int = 16, seed: int = 1) -> torch.Tensor:
     """Random token ids ``[rows, length]``, no padding or special token among them."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative difference of two tensors, by norm."""
+    return float((a.double() - b.double()).norm() / a.double().norm())
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Equal but for the order of fp64 sums."""
+    assert a.shape == b.shape
+    assert difference(a, b) <= 1e-9

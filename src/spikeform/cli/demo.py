@@ -58,7 +58,7 @@ def run(
         size = sum(p.numel() for p in dense.parameters()) / 1e6
         output.say(f"{model}: a dense {type(dense).__name__} of {size:.1f} million parameters", "bold")
         with output.task(f"converting with LAS, {config.steps} steps") as progress:
-            spiking = spikeform.convert(spiking, config, progress=progress)
+            spikeform.convert(spiking, config, progress=progress)
         output.say(spiking.spikeform_report.summary())
 
         output.heading("What the two of them write")
@@ -72,14 +72,15 @@ def run(
         show_fidelity(output, fidelity)
 
         output.heading("What it costs")
-        counted = ids.reshape(-1)[:COUNTED].reshape(-1, WINDOW)
+        counted = ids.reshape(-1)[: min(COUNTED, fidelity.windows * WINDOW)].reshape(-1, WINDOW)
         with output.task("counting spikes"):
             energy = spikeform.energy(spiking, counted, dense=dense)
         output.say(f"counted on the first {counted.numel()} of these tokens, in windows of {WINDOW}")
         show_energy(output, energy)
-        output.say(
-            "The cost follows the steps: try `spikeform demo --steps 8 --set coding=signed_digit`.", "dim"
-        )
+        if config.steps > 8:
+            output.say(
+                "Fewer spikes cost less: try spikeform demo --steps 8 --set coding=signed_digit", "dim"
+            )
 
         out.mkdir(parents=True, exist_ok=True)
         with output.task("drawing spikes, saving"):

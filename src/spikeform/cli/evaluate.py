@@ -73,7 +73,6 @@ def run(
                 output, tokenizer, dense, text, max_tokens or (None if text else SAMPLED), window, seed
             )
             document["data"] = data
-            output.say(f"measured on {data['what']}")
             if dense is not None:
                 missed = _fidelity(output, document, model, dense, ids, window, max_ratio, min_agreement)
             else:
@@ -122,6 +121,7 @@ def _fidelity(
     with output.task("comparing with the dense model"):
         found = fidelity(model, dense, ids, window=window)
     document["fidelity"] = found.to_dict()
+    output.say(f"measured on {document['data']['what']}")
     show_fidelity(output, found)
     missed = []
     if max_ratio is not None and not found.perplexity_ratio <= max_ratio:
@@ -137,6 +137,7 @@ def _perplexity(output: Output, document: dict[str, Any], model: Any, ids: Any, 
     with output.task("reading the text"):
         found = perplexity(model, ids, window=window)
     document["perplexity"] = found.to_dict()
+    output.say(f"measured on {document['data']['what']}")
     output.say(f"perplexity {found.perplexity:.4f} ({found.protocol})")
     output.say("No --reference given: fidelity to the dense model was not measured.")
 

@@ -56,24 +56,19 @@ def show_energy(output: Output, report: EnergyReport) -> None:
     output.say(verdict(report), "bold")
 
 
-def _energy_row(row: dict[str, Any]) -> dict[str, str]:
+def _energy_row(row: dict[str, Any]) -> dict[str, Any]:
     cells = {_ENERGY_COLUMNS[0]: row["ESTIMATED"]}
-    cells |= {name: f"{row[f'{name} uJ/token']:.2f}" for name in ("spiking", "dense", "quantised")}
-    return cells | {name: f"{row[name]:.2f}x" for name in ("vs dense", "vs quantised")}
+    cells |= {name: round(row[f"{name} uJ/token"], 2) for name in ("spiking", "dense", "quantised")}
+    return cells | {name: f"{row[name]:.2f} x" for name in ("vs dense", "vs quantised")}
 
 
 def verdict(report: EnergyReport) -> str:
-    """One honest sentence for each rival: does the spiking network cost less?"""
-    sentences = []
+    """One honest line for each rival: under how many of the estimates does the spiking network cost less?"""
+    lines = []
     for rival in ("dense", "quantised"):
         ratios = [row[f"vs {rival}"] for row in report.summary()]
-        low, high = min(ratios), max(ratios)
-        if low >= 1:
-            verb = "loses to"
-        elif high < 1:
-            verb = "beats"
-        else:
-            verb = "beats, under some of the cost models only,"
-        span = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
-        sentences.append(f"The spiking network {verb} the {rival} one: {span} times its energy (ESTIMATED).")
-    return " ".join(sentences)
+        wins = sum(ratio < 1 for ratio in ratios)
+        how = {0: "loses to", len(ratios): "beats"}.get(wins, f"beats, in {wins} of {len(ratios)} estimates,")
+        span = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        lines.append(f"The spiking network {how} the {rival} one: {span} times its energy (ESTIMATED).")
+    return "\n".join(lines)

@@ -7,6 +7,7 @@ one block's statistics are held. A finished block is written to the work folder 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -156,7 +158,8 @@ def _capture(model: PreTrainedModel, batches: list[Tensor], found: list[Block], 
         b.module.register_forward_pre_hook(keep(b, i == 0), with_kwargs=True, prepend=True) for i, b in enumerate(found)
     ]
     device = model.get_input_embeddings().weight.device
-    extra = {"use_cache": False} if model.can_generate() else {}
+    # With a cache the blocks would be run twice on it: once here, once when they are calibrated.
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     try:
         with recording(recorder):
             for ids in batches:
@@ -180,12 +183,14 @@ class _Store:
         manifest = self.path / "calibration.json"
         wanted = {"format": 1, "run": digest.hexdigest()}
         if manifest.exists():
-            if json.loads(manifest.read_text()) != wanted:
+            if _read(manifest) != wanted:
                 raise CalibrationError(
                     f"{self.path} holds the calibration of another run (other model, data or config); "
                     "give another folder, or delete it"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.is_file():
+            raise CalibrationError(f"{self.path} is a file; give a folder")
+        elif self.path.exists() and any(f.suffix != ".partial" for f in self.path.iterdir()):
             raise CalibrationError(f"{self.path} is not empty and holds no calibration; give another folder")
         else:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -209,17 +214,25 @@ class _Store:
         file = self._file(index)
         if not file.exists():
             return False
-        from safetensors import safe_open
-
-        with safe_open(file, "pt") as opened:
-            saturation.update(json.loads((opened.metadata() or {}).get("saturation", "{}")))
-        tensors = load_file(file)
+        try:
+            with safe_open(file, "pt") as opened:
+                saturation.update(json.loads((opened.metadata() or {}).get("saturation", "{}")))
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise CalibrationError(f"{file} is damaged ({error}); delete it, and its block is calibrated anew") from None
         for name, neuron in block.named_modules():
             if isinstance(neuron, MT):
                 neuron.set_threshold(tensors[f"{name}.threshold"])
                 if f"{name}.channel_shift" in tensors:
                     neuron.channel_shift = tensors[f"{name}.channel_shift"].to(neuron.threshold.device)
         return True
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
 
 
 def _write(path: Path, data: bytes) -> None:

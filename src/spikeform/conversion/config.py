@@ -57,6 +57,9 @@ class MethodConfig(QuantizationConfigMixin):
             ConfigError: A key is unknown.
             NewerFormatError: The version is newer.
         """
+        named = config_dict.get("quant_method", cls.quant_method)
+        if named != cls.quant_method:
+            raise ConfigError(f"quant_method {named!r} is not {cls.quant_method!r}, that of {cls.__name__}")
         data = {k: v for k, v in config_dict.items() if k != "quant_method"}
         version = data.get("version", 1)
         if isinstance(version, int) and version > cls.VERSION:
@@ -81,7 +84,7 @@ def _plain(value: Any) -> Any:
 
 def choice(name: str, value: Any, allowed: tuple) -> None:
     """Raise :class:`ConfigError` unless ``value`` is one of ``allowed``."""
-    if isinstance(value, bool) or value not in allowed:
+    if type(value) not in {type(a) for a in allowed} or value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,9 @@ def convert(
         raise ConversionError("the model is converted already; load the dense model to convert it anew")
     if existing is not None and existing is not config:
         raise ConversionError(f"the model is quantized already ({type(existing).__name__}); load it unquantized")
-    batches, described = windows(model, calibration, tokenizer)
+    batches, described = [], {}
+    if calibration is not None or not _all_given(model, config):
+        batches, described = windows(model, calibration, tokenizer)
     report = method.prepare(model, config)
     if not any(row.kind == "linear" for row in report.replaced):
         raise ConversionError(
@@ -76,8 +80,21 @@ def convert(
     for module in model.modules():
         if isinstance(module, SpikingLinear):
             module.fold()
+        if isinstance(module, MT):
+            module.channel_weight, module.balance_channels = None, False
     attach(model, config, report)
     return model
+
+
+def _all_given(model: PreTrainedModel, config: Any) -> bool:
+    """Whether the config gives every threshold, so that nothing has to be sampled."""
+    if not getattr(config, "thresholds", None):
+        return False
+    shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    trial = copy.deepcopy(model, shared)  # the modules, not the tensors
+    method = method_of(config)
+    method.prepare(trial, config)
+    return all(method.given(n, config) for n in trial.modules() if isinstance(n, MT))
 
 
 def _per_channel(neuron: MT) -> bool:

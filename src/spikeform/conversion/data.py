@@ -40,6 +40,8 @@ def windows(model: PreTrainedModel, calibration: Any, tokenizer: Any) -> tuple[l
         source = "sampled from the dense model" if _generates(model) else "random tokens"
         return [ids], {"source": source, "sequences": len(ids), "tokens": ids.numel(), "seed": SAMPLE_SEED}
     if isinstance(calibration, Tensor):
+        if calibration.ndim not in (1, 2):
+            raise CalibrationError(f"calibration ids must be [N, L] or [L], got shape {list(calibration.shape)}")
         rows = [row for row in (calibration if calibration.ndim > 1 else calibration[None])]
         source = "token ids"
     else:
@@ -60,7 +62,9 @@ def windows(model: PreTrainedModel, calibration: Any, tokenizer: Any) -> tuple[l
 
 def _tokenize(texts: Sequence[str] | str, tokenizer: Any) -> list[Tensor]:
     texts = [texts] if isinstance(texts, str) else list(texts)
-    if not any(isinstance(text, str) and text.strip() for text in texts):
+    if any(not isinstance(text, str) for text in texts):
+        raise CalibrationError("calibration must be texts (a list of strings) or token ids (a tensor [N, L])")
+    if not any(text.strip() for text in texts):
         raise CalibrationError("calibration holds no text: give at least one non-empty text, or None to sample some")
     if tokenizer is None:
         raise CalibrationError("calibration by texts needs a tokenizer: pass tokenizer=, or token ids [N, L]")
@@ -88,7 +92,7 @@ def sample(model: PreTrainedModel, sequences: int, length: int, seed: int) -> Te
     if not _generates(model):
         return first
     bos = getattr(model.config.get_text_config(), "bos_token_id", None)
-    if bos is not None:
+    if isinstance(bos, int) and 0 <= bos < vocabulary:
         first[: sequences // 2] = bos
     training = model.training
     model.eval()

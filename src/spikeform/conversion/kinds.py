@@ -65,6 +65,10 @@ ATTENTION = {
 }
 
 
+# Modules with parameters of their own that are no computation of theirs (BERT's head keeps its decoder's bias).
+CONTAINERS = set(_family("bert", "BertLMPredictionHead"))
+
+
 def kind_of(module: nn.Module) -> str:
     """``linear``, ``norm``, ``activation``, ``gated_mlp``, ``attention``, ``embedding``, ``container`` or
     ``unknown``. A container computes nothing that a table here would have to name.
@@ -82,6 +86,8 @@ def kind_of(module: nn.Module) -> str:
         return "attention"
     if isinstance(module, nn.Embedding):
         return "embedding"
+    if name in CONTAINERS:
+        return "container"
     computes = bool(module._parameters) or name.startswith((_ACT, _TORCH_ACT)) or name.endswith("Attention")
     # A block that only wraps known children (BertAttention around BertSelfAttention) is a container.
     wraps = any(kind_of(child) == "attention" for child in module.children())
@@ -105,9 +111,10 @@ def norm_form(module: nn.Module) -> tuple[float, bool, float]:
 def walk(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str]]:
     """``(name, module, kind)`` of every module that computes something, parents before children.
 
-    The list is taken before anything is replaced, so that the caller may replace as it goes.
+    The list is taken before anything is replaced, so that the caller may replace as it goes. A module that the
+    model uses in several places is named in each of them.
     """
-    for name, module in list(model.named_modules()):
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         kind = kind_of(module)
         if kind != "container":
             yield name, module, kind

@@ -9,13 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import HfQuantizer
 
 from spikeform.errors import DamagedCheckpointError
 from spikeform.layers import SpikingLinear
-from spikeform.neurons import MT
+from spikeform.neurons import MT, Neuron
 
 
 class SpikeformQuantizer(HfQuantizer):
@@ -23,13 +26,16 @@ class SpikeformQuantizer(HfQuantizer):
 
     requires_calibration = False
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
         if self.pre_quantized:
             from spikeform.conversion.registry import method_of
 
             # Buffers of the skeleton are real, not meta: one absent from the files stays NaN and is found below.
             with torch.device("cpu"):
                 self._report = method_of(self.quantization_config).prepare(model, self.quantization_config)
+            _refuse(_wrong_tensors(model, checkpoint_files or []))
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -45,12 +51,7 @@ class SpikeformQuantizer(HfQuantizer):
         if not self.pre_quantized:
             del model.config.quantization_config
             return convert(model, self.quantization_config)
-        problems = [p for name, module in model.named_modules() for p in _settle(name, module, model)]
-        if problems:
-            listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-            raise DamagedCheckpointError(
-                f"the spiking checkpoint is incomplete or damaged: {listed}", tuple(problems)
-            )
+        _refuse([p for name, module in model.named_modules() for p in _settle(name, module, model)])
         attach(model, self.quantization_config, self._report)
         return model
 
@@ -74,6 +75,52 @@ class SpikeformQuantizer(HfQuantizer):
         return False
 
 
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise DamagedCheckpointError(
+            f"the spiking checkpoint is incomplete or damaged: {listed}", tuple(problems)
+        )
+
+
+def _wrong_tensors(model: PreTrainedModel, files: list[str]) -> list[str]:
+    """Tensors that the files lack, that are not the model's, or of another shape: transformers would warn of the
+    first two, and not name the third in its error.
+
+    A model loaded as another class than the one that was saved (a bare backbone, say) may leave tensors over.
+    """
+    if not files:
+        return []
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise DamagedCheckpointError(f"{file}: spiking checkpoints are safetensors files")
+        with safe_open(file, "pt") as opened:
+            shapes |= {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+    # Some families are saved under older names than their modules have.
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    wanted, tied = model.state_dict(), set(getattr(model, "all_tied_weights_keys", None) or {})
+    problems, found = [], set()
+    same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
+    for key, shape in sorted(shapes.items()):
+        name, merged = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
+        name = key if name not in wanted and key in wanted else name
+        found.add(name)
+        if name not in wanted:
+            problems += [f"{key} is not of this model"] if same_class else []
+        elif merged is None and list(shape) != (expected := _saved_shape(name, model, wanted[name], tied)):
+            problems.append(f"{name} has shape {list(shape)}, not {expected}")
+    return [f"{n} is missing from the files" for n in wanted if n not in found and n not in tied] + problems
+
+
+def _saved_shape(name: str, model: PreTrainedModel, tensor: Tensor, tied: set[str]) -> list[int]:
+    module, _, key = name.rpartition(".")
+    spiking = key == "weight" and name not in tied and isinstance(model.get_submodule(module), SpikingLinear)
+    return [1, *tensor.shape] if spiking else list(tensor.shape)
+
+
 def _settle(name: str, module: nn.Module, model: PreTrainedModel) -> list[str]:
     """Check one module's loaded tensors; give spiking weights their working shape."""
     problems = []
@@ -91,6 +138,9 @@ def _settle(name: str, module: nn.Module, model: PreTrainedModel) -> list[str]:
             problems.append(f"{name}.{key} is missing or not finite")
         elif not getattr(parameter, "_is_hf_initialized", True):
             problems.append(f"{name}.{key} is missing from the files")
+    if isinstance(module, Neuron) and not isinstance(module, MT):
+        damaged = [k for k, b in module.named_buffers(recurse=False) if not bool(b.isfinite().all())]
+        problems += [f"{name}.{key} is not finite" for key in damaged]
     if isinstance(module, MT) and not (module.calibrated and bool((module.threshold > 0).all())):
         problems.append(f"{name}.threshold is missing, not finite or not positive")
     return problems

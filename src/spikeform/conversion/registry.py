@@ -73,6 +73,6 @@ def config_from_dict(data: dict[str, Any]) -> Any:
     named = str(data.get("quant_method") or data.get("method") or "")
     for method in _METHODS.values():
         if named.removeprefix("spikeform_") == method.name:
-            return method.config_type.from_dict({k: v for k, v in data.items() if k != "method"})
+            return method.config_type.from_dict({k: v for k, v in data.items() if k not in ("method", "quant_method")})
     known = ", ".join(m.name for m in _METHODS.values())
     raise ConfigError(f"unknown method {named!r}; known: {known}")

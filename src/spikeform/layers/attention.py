@@ -83,7 +83,8 @@ class SpikingAttention(nn.Module):
         scores = scores.view(batch, groups, heads // groups, length, keys)
         if mask is not None:
             scores = scores + mask
-        weights = self._softmax(scores, alive).view(batch, groups, -1, keys)
+            alive = alive.expand(batch, groups, heads // groups, length, 1).reshape(batch, groups, -1, 1)
+        weights = self._softmax(scores.view(batch, groups, -1, keys), alive)
         context = matmul(self.probability(weights), v, connected=visible, site=f"{self.site}.context")
         return context.reshape(batch, heads, length, size).transpose(1, 2).contiguous().to(q_BHLE.dtype)
 

@@ -76,7 +76,7 @@ class MT(Neuron):
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         self.coding, self.rounding, self.folded = coding, rounding, False
         self.role, self.channel_weight, self.balance_channels = "", None, False
-        self.register_buffer("threshold", torch.full((self.populations,), float("nan")))
+        self.register_buffer("threshold", torch.full((self.populations,), float("nan"), dtype=torch.float32))
         self.register_buffer("channel_shift", None)
         if threshold is not None:
             self.set_threshold(threshold)

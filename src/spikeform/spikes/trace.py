@@ -40,6 +40,7 @@ class Product:
     sent: tuple[Tensor, ...] | None = None
     mask: Tensor | None = None
     transposed: bool = False
+    connected: Tensor | None = None
 
 
 @dataclass(frozen=True)

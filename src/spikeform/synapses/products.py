@@ -71,7 +71,7 @@ def matmul(
     if listener is not None:
         inner = a.shape[-1]
         fan_out = (out.shape[-1], out.shape[-2])
-        listener(Product(site, "matmul", (a, b), fan_out, out.numel() * inner, sent, mask, transpose_b))
+        listener(Product(site, "matmul", (a, b), fan_out, out.numel() * inner, sent, mask, transpose_b, connected))
     return out
 
 

@@ -12,6 +12,7 @@ from spikeform.spikes import Coding, MultiThreshold, Radix2, SignedDigit
 from spikeform.spikes.codings import check_steps
 
 CODINGS = ("radix2", "signed_digit", "multi_threshold")
+ROLES = ("linear", "query", "key", "value", "probability", "norm", "up", "act", "lm_head")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -87,10 +88,12 @@ class LAS(MethodConfig):
             raise ConfigError(f"quantile must be above 0 and at most 1, got {self.quantile!r}")
         if not is_real(self.margin) or not 0 < self.margin < float("inf"):
             raise ConfigError(f"margin must be a finite number above 0, got {self.margin!r}")
-        if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
+        if not isinstance(self.skip, list | tuple) or not all(isinstance(pattern, str) for pattern in self.skip):
             raise ConfigError(f"skip must be a list of module name patterns, got {self.skip!r}")
         self.skip = tuple(self.skip)
         if self.thresholds is not None:
+            if not isinstance(self.thresholds, dict) or not all(isinstance(k, str) for k in self.thresholds):
+                raise ConfigError(f"thresholds must map roles or site patterns to numbers, got {self.thresholds!r}")
             self.thresholds = {k: self._given(k, v) for k, v in self.thresholds.items()}
 
     def _given(self, name: str, values: Any) -> tuple[float, ...]:

@@ -9,12 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spikeform.conversion.kinds import activation_function, norm_form, walk
+from spikeform.conversion.kinds import activation_function, kind_of, norm_form, walk
 from spikeform.conversion.report import ConversionReport, Row
+from spikeform.errors import ConfigError, ConversionError
 from spikeform.layers import SpikingActivation, SpikingAttention, SpikingGatedMLP, SpikingLinear, SpikingNorm
 from spikeform.layers.attention import NAME, install
-from spikeform.methods.las.config import LAS
-from spikeform.neurons import MT, OAT, FixedPointHG, Neuron, few_spike_bank
+from spikeform.methods.las.config import LAS, ROLES
+from spikeform.neurons import MT, OAT, FewSpikeHG, FixedPointHG, Neuron, few_spike_bank
 
 _REAL = {
     "embedding": "a look-up: no product to spike through",
@@ -25,8 +26,15 @@ _REAL = {
 def prepare(model: PreTrainedModel, config: LAS) -> ConversionReport:
     """Replace what LAS knows; leave and report the rest. Thresholds are not set yet."""
     builder = _Builder(model, config)
-    for name, module, kind in walk(model):
+    walked = list(walk(model))
+    for pattern in config.skip:
+        if not any(fnmatch(name, pattern) for name, _, _ in walked):
+            raise ConfigError(f"skip: {pattern!r} names no module of {type(model).__name__} that computes something")
+    for name, module, kind in walked:
         builder.visit(name, module, kind)
+    for pattern in config.thresholds or {}:
+        if pattern not in ROLES and not any(fnmatch(site, pattern) for site in builder.sites):
+            raise ConfigError(f"thresholds: {pattern!r} is neither a role ({', '.join(ROLES)}) nor matches a site")
     if any(row.kind == "attention" for row in builder.report.replaced):
         model.set_attn_implementation(NAME)
     return builder.report
@@ -41,6 +49,8 @@ class _Builder:
         self.head = model.get_output_embeddings()
         self.tied = bool(getattr(model.config, "tie_word_embeddings", False))
         self.report = ConversionReport("las")
+        self.skeleton = any(p.device.type == "meta" for p in model.parameters())
+        self.sites: list[str] = []
 
     def visit(self, name: str, module: nn.Module, kind: str) -> None:
         reason = self._stays_real(name, module, kind)
@@ -48,6 +58,8 @@ class _Builder:
             self.report.rows.append(Row(name, kind, None, reason))
             return
         layer, reason = getattr(self, f"_{kind}")(name, module)
+        if not self.skeleton:  # the neurons go where the layer is
+            layer.to(next((p.device for p in module.parameters()), self.model.device))
         if layer is not module:
             self.model.set_submodule(name, layer)
         self.report.rows.append(Row(name, kind, type(layer if layer is not module else module.spiking).__name__, reason))
@@ -70,6 +82,7 @@ class _Builder:
     def _oat(self, role: str, site: str, channels: tuple[int, ...] | None = None) -> MT:
         neuron = (OAT if self.config.outlier else MT)(self.coding, None, self.config.rounding, site)
         neuron.role = role
+        self.sites.append(site)
         # Channels of values and of the up projection may differ by orders of magnitude with no effect on the
         # function: each is weighed by its own scale when one threshold pair must serve them all.
         neuron.balance_channels = role in ("value", "up")
@@ -79,6 +92,8 @@ class _Builder:
 
     def _hg(self, function: str, site: str) -> Neuron:
         if self.config.nonlinear == "few_spike":
+            if self.skeleton:  # the fitted values are in the checkpoint
+                return FewSpikeHG.blank(function, self.config.steps, site=site)
             return few_spike_bank(function, self.config.steps, site=site)
         return FixedPointHG(function, self.bits, self.config.rounding, site=site)
 
@@ -87,6 +102,11 @@ class _Builder:
         features = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
         tied = is_head and self.tied  # a tied weight belongs to the embedding too: nothing may be folded into it
         neuron = self._oat("lm_head" if is_head else "linear", name, None if tied else (features,))
+        if neuron.channel_shift is not None and module.weight.dtype == torch.float16:
+            raise ConversionError(
+                f"{name}: per_channel folds powers of two into the weights, which overflows float16; load the model "
+                "with dtype=torch.bfloat16 or torch.float32"
+            )
         layer = SpikingLinear.from_dense(module, neuron)
         if layer.weight.device.type != "meta":
             neuron.channel_weight = layer.weight.detach().float().square().sum(0)
@@ -112,8 +132,6 @@ class _Builder:
 
     def _gated_mlp(self, name: str, module: nn.Module) -> tuple[nn.Module, str]:
         # Whether act_fn will spike is known only from the same rules that its own visit applies.
-        from spikeform.conversion.kinds import kind_of
-
         act_kind = kind_of(module.act_fn)
         spikes = act_kind == "activation" and self._stays_real(f"{name}.act_fn", module.act_fn, act_kind) is None
         act = None if spikes else self._oat("act", f"{name}.act")

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 import torch
 from torch import Tensor
 
-from spikeform.conversion.histogram import Histogram
+from spikeform.conversion.histogram import BINS, LOWEST, PER_OCTAVE, Histogram
 from spikeform.errors import CalibrationError
 from spikeform.methods.las.config import LAS
 from spikeform.neurons import MT
@@ -21,9 +21,10 @@ _OUTLIER_CUTS = 28  # quarter octaves below the margin that least_error may cut 
 def given(neuron: MT, config: LAS) -> bool:
     """Set a neuron's threshold from the config: an exact site, then a pattern, then its role."""
     table = config.thresholds or {}
-    for name, values in sorted(table.items(), key=lambda item: item[0] != neuron.site):
-        if name == neuron.role or fnmatch(neuron.site, name):
-            neuron.set_threshold(values)
+    patterns = [name for name in table if name != neuron.role and fnmatch(neuron.site, name)]
+    for name in (neuron.site, *patterns, neuron.role):
+        if name in table:
+            neuron.set_threshold(table[name])
             return True
     return False
 
@@ -49,14 +50,16 @@ def fit(neuron: MT, histogram: Histogram, config: LAS) -> float:
         neuron.set_threshold(torch.arange(1.0, neuron.populations + 1))
         return 0.0
     if neuron.role == "probability":
-        # The largest probability is 1, and the top code stands for it exactly.
-        tops = torch.tensor([neuron.coding.resolution / neuron.coding.limit], dtype=torch.float64)
+        tops = torch.tensor([_top_of_one(neuron)], dtype=torch.float64)
     elif config.threshold == "least_error":
         cuts = 2.0 ** (-torch.arange(_OUTLIER_CUTS, dtype=torch.float64) / 4)
         tops = peak * config.margin * cuts
     else:
         tops = torch.tensor([peak * config.margin], dtype=torch.float64)
-    weighted = (histogram.counts * weight[:, None]).sum(0)
+    counts = histogram.counts
+    if config.threshold == "least_error" and neuron.role != "probability":
+        counts = counts + _unseen(histogram, config.margin)
+    weighted = (counts * weight[:, None]).sum(0)
     if neuron.populations == 1:
         thresholds = [float(tops[_errors(weighted, tops, neuron, config).sum(1).argmin()])]
     elif config.threshold == "quantile":
@@ -65,9 +68,33 @@ def fit(neuron: MT, histogram: Histogram, config: LAS) -> float:
     else:
         thresholds = _least_error(weighted, tops, neuron, config)
     neuron.set_threshold(thresholds)
+    if peak <= float(neuron.threshold[-1]):
+        return 0.0
     above = Histogram.magnitudes() > neuron.threshold[-1].double().cpu()
     counts = histogram.counts.sum(0)
     return float(counts[above].sum() / counts.sum())
+
+
+def _top_of_one(neuron: MT) -> float:
+    """The threshold whose top code stands for 1, the largest probability, exactly."""
+    limit = torch.tensor([neuron.coding.limit])
+    top = neuron.coding.resolution / int(neuron.coding.nearest_code(limit))
+    # Where inputs are cut, the fp32 quotient must not fall below the top code by a rounding.
+    return top if neuron.rounding == "nearest" else top * (1 - 2.0**-22)
+
+
+def _unseen(histogram: Histogram, margin: float) -> Tensor:
+    """What calibration did not meet, as counts ``[C, BINS]``: ``margin^-4`` of an input at ``margin`` times the
+    largest one of each channel.
+
+    By the rule of succession the next input exceeds the N seen ones with probability 1 / (N + 1), and where tails
+    fall as the fourth power, goes beyond ``margin`` times the largest in ``margin^-4`` of these cases. Without it
+    the least error on the sample leaves no room above the sample, even where steps are plenty.
+    """
+    position = ((histogram.peak.double() * margin).log2() - LOWEST) * PER_OCTAVE
+    bins = position.floor().clamp(0, BINS - 1).long()
+    unseen = torch.zeros_like(histogram.counts).scatter_(1, bins[:, None], min(margin**-4, 1.0))
+    return unseen.masked_fill(histogram.peak[:, None] == 0, 0.0)
 
 
 def channel_shifts(histogram: Histogram) -> Tensor:
@@ -80,9 +107,9 @@ def channel_shifts(histogram: Histogram) -> Tensor:
     seen, square = histogram.counts.sum(1), histogram.mean_square()
     live = seen > 0
     reference = square[live].median() if bool(live.any()) else square.new_ones(())
-    square = (seen * square + PSEUDO_COUNTS * reference) / (seen + PSEUDO_COUNTS)
-    shift = ((square / reference).log2() / 2).round().clamp(-MAX_SHIFT, MAX_SHIFT)
-    return shift.to(torch.int8)
+    # In the logarithm: in the mean square itself a small channel, however often seen, would be drawn up too.
+    octaves = (square / reference).clamp(min=1e-30).log2() / 2 * seen / (seen + PSEUDO_COUNTS)
+    return octaves.round().clamp(-MAX_SHIFT, MAX_SHIFT).to(torch.int8)
 
 
 def _channel_weight(neuron: MT, histogram: Histogram) -> Tensor:

@@ -1,0 +1,22 @@
+"""Every family has a recipe, and every recipe is a valid config of its method."""
+
+from pathlib import Path
+
+import pytest
+
+from spikeform.cli.recipe import read_config
+from spikeform.conversion.kinds import ATTENTION
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def test_every_family_has_one():
+    families = {name.split(".")[2] for name in ATTENTION}  # transformers.models.<family>.…
+    assert {path.parent.name for path in RECIPES.glob("*/las.yaml")} == families
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: path.parent.name)
+def test_recipe(path):
+    config = read_config(recipe=path)
+    assert config.quant_method == f"spikeform_{path.stem}"
+    assert path.read_text().splitlines()[1].endswith(f"--config recipes/{path.parent.name}/{path.name}")
