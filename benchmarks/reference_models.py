@@ -75,8 +75,9 @@ def use_plain_causal_attention(model: nn.Module) -> list[torch.Tensor]:
     Training sequences are full and never padded. While a model is compiled, transformers would build a mask.
 
     Returns:
-        A list to which each layer, while training, appends the mean square size of its scores (had queries and
-        keys no common direction), mean over heads. The caller empties it.
+        A list to which each layer, while training, appends the mean square of its attention scores, mean over
+        its heads. It is computed from the sizes of queries and keys alone, as if their directions were
+        independent: the fused kernel never shows the scores. The caller empties the list.
     """
     from transformers import AttentionInterface
 
@@ -142,59 +143,6 @@ def held_out(forward, ids: np.ndarray, bytes_: int, device: str, rows: int = 32,
         "predicted_tokens": predicted,
         "windows": len(windows),
     }
-
-
-@torch.no_grad()
-def calm_attention(model: nn.Module, ids: torch.Tensor, spread: float = 60.0) -> None:
-    """Takes the runaway out of attention scores that learned positions and key biases allow.
-
-    Nothing in the loss holds back a part that all keys share, since softmax ignores it, nor the size of a
-    head's scores once one key has all the weight: in training both can run into the thousands, where 16-bit
-    numbers no longer tell keys apart. The shared part is taken off the key bias, which changes nothing but
-    rounding. A head whose scores spread further than `spread` (standard deviation over its visible keys)
-    has its queries shrunk to it; the cost in loss is part of the measured figures. Models without learned
-    positions are left alone: rotary positions turn the bias, so nothing is shared.
-
-    Args:
-        model: A GPT-2 or OPT model.
-        ids: Token ids [rows, length] of training text.
-        spread: The widest spread that is left.
-    """
-    if model.config.model_type == "gpt2":
-        sites = [(block.attn.c_attn, block.attn.c_attn) for block in model.transformer.h]
-    elif model.config.model_type == "opt":
-        sites = [(layer.self_attn.q_proj, layer.self_attn.k_proj) for layer in model.model.decoder.layers]
-    else:
-        return
-    seen: dict[nn.Module, torch.Tensor] = {}
-    hooks = [
-        module.register_forward_hook(lambda m, _, out: seen.__setitem__(m, out))
-        for module in {module for site in sites for module in site}
-    ]
-    model(input_ids=ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    heads = model.config.num_attention_heads
-    width = model.config.hidden_size
-    visible = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-    for query, key in sites:
-        fused = query is key
-        q = seen[query][..., :width]
-        k = seen[key][..., width : 2 * width] if fused else seen[key]
-        shared = k.flatten(0, 1).mean(0)
-        key_bias = key.bias[width : 2 * width] if fused else key.bias
-        key_bias -= shared
-        q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k - shared))
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-        scores = scores - scores.mean(-1, keepdim=True)
-        spreads = scores[:, :, visible].std(dim=(0, 2))
-        shrink = (spread / spreads).clamp(max=1).repeat_interleave(width // heads)
-        if fused:
-            query.weight[:, :width] *= shrink
-            query.bias[:width] *= shrink
-        else:
-            query.weight *= shrink[:, None]
-            query.bias *= shrink
 
 
 def round_to_bfloat16(model: nn.Module) -> None:

@@ -20,6 +20,8 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -120,11 +122,45 @@ def learning_rate(progress: float, peak: float, warm_up: float = 0.02, floor: fl
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * fall)))
 
 
-def save_state(path: Path, state: dict) -> None:
-    """Writes a checkpoint whole or not at all."""
+@dataclass
+class Run:
+    """What a run has reached. It goes into the saved state, so that a resumed run goes on from it."""
+
+    step: int = 0
+    elapsed: float = 0.0  # seconds
+    curve: list[dict] = field(default_factory=list)
+    waited: int = 0  # evaluations since the best
+    best: float = math.inf
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def note(self, record: dict, model: torch.nn.Module) -> None:
+        """Adds an evaluation to the curve, and keeps the weights if it is the best so far."""
+        self.curve.append(record)
+        self.waited += 1
+        if record["valid_loss"] < self.best:
+            self.best, self.waited = record["valid_loss"], 0
+            self.best_weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def save_state(path: Path, run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Writes a run's state whole or not at all."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "run": vars(run)}
+    state |= {"rng": torch.get_rng_state()}
+    state |= {"cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
+
+
+def load_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: str) -> Run:
+    """Puts a saved state back into model, optimizer and random generators, and returns its run."""
+    state = torch.load(path, map_location=device, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"].cpu())
+    if device == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+    return Run(**state["run"])
 
 
 def hardware(device: str) -> dict:
@@ -138,6 +174,83 @@ def hardware(device: str) -> dict:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def make_functions(model: torch.nn.Module, device: str) -> tuple[Callable, Callable]:
+    """Returns the training's forward pass, ids -> logits, and batch -> (loss, score size over all layers)."""
+    score_sizes = reference.use_plain_causal_attention(model)
+
+    def logits_of(ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            return model(input_ids=ids, use_cache=False).logits
+
+    def loss_of(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        score_sizes.clear()
+        loss = F.cross_entropy(logits_of(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())
+        return loss, torch.stack(score_sizes).sum()
+
+    return logits_of, loss_of
+
+
+def fit(arguments: argparse.Namespace, model, batches: Batches, books: tuple, device: str) -> tuple[Run, str]:
+    """Trains to the end of the schedule, or until the held-out loss has long not fallen.
+
+    Returns:
+        The run, and what ended it: "schedule" or "early".
+    """
+    logits_of, loss_of = make_functions(model, device)
+    compiled = loss_of if arguments.no_compile else torch.compile(loss_of)
+    optimizer = make_optimizer(model, arguments, device)
+    total_steps = math.ceil(arguments.epochs * batches.per_epoch)
+    evaluate_every = max(1, round(arguments.evaluate_every * batches.per_epoch))
+    state_path = arguments.out / f"{arguments.model}.state.pt"
+    resumed = arguments.resume and state_path.is_file()
+    run = load_state(state_path, model, optimizer, device) if resumed else Run()
+
+    def evaluate(losses: list[torch.Tensor]) -> None:
+        model.eval()
+        valid = reference.held_out(logits_of, *books, device)["nats_per_token"]
+        model.train()
+        record = {
+            "step": run.step,
+            "epoch": round(run.step / batches.per_epoch, 3),
+            "tokens": run.step * batches.rows * batches.context,
+            "seconds": round(run.elapsed, 1),
+            "lr": optimizer.param_groups[0]["lr"],
+            "train_loss": round(torch.stack(losses).mean().item(), 4) if losses else None,
+            "valid_loss": valid,
+        }
+        run.note(record, model)
+        print(arguments.model, json.dumps(record), flush=True)
+
+    model.train()
+    started, saved = time.monotonic() - run.elapsed, time.monotonic()
+    first_step, losses, stopped = run.step, [], "schedule"
+    while True:
+        run.elapsed = time.monotonic() - started
+        progress = max(run.step / total_steps, run.elapsed / (60 * arguments.minutes))
+        last = progress >= 1 or (arguments.steps is not None and run.step - first_step >= arguments.steps)
+        due = run.step % evaluate_every == 0 and (losses or (arguments.init and run.step == 0))
+        if due or last:
+            evaluate(losses)
+            losses = []
+            if run.waited >= arguments.patience:
+                last, stopped = True, "early"
+        if last or time.monotonic() - saved > 60:
+            save_state(state_path, run, model, optimizer)
+            saved = time.monotonic()
+        if last:
+            return run, stopped
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress, arguments.lr)
+        loss, score_size = compiled(batches.at(run.step))
+        (loss + arguments.score_penalty * score_size).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+        if run.step % 10 == 0:
+            losses.append(loss.detach())
 
 
 def train(arguments: argparse.Namespace) -> dict:
@@ -154,103 +267,25 @@ def train(arguments: argparse.Namespace) -> dict:
     model = reference.build(name, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     if arguments.init:
         model.load_state_dict(type(model).from_pretrained(arguments.init, dtype=torch.float32).state_dict())
-    score_sizes = reference.use_plain_causal_attention(model)
     reference.add_residual_dropout(model, arguments.dropout)
     model.to(device)
-    optimizer = make_optimizer(model, arguments, device)
     batches = Batches(stream, context, max(1, arguments.batch_tokens // context), arguments.seed, device)
-    total_steps = math.ceil(arguments.epochs * batches.per_epoch)
-    evaluate_every = max(1, round(arguments.evaluate_every * batches.per_epoch))
-    state_path = out / f"{name}.state.pt"
+    run, stopped = fit(arguments, model, batches, books, device)
 
-    def logits_of(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            return model(input_ids=ids, use_cache=False).logits
-
-    def loss_of(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        score_sizes.clear()
-        loss = F.cross_entropy(logits_of(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())
-        return loss, torch.stack(score_sizes).sum()
-
-    compiled = loss_of if arguments.no_compile else torch.compile(loss_of)
-    step, elapsed, curve, best, best_weights, waited = 0, 0.0, [], math.inf, None, 0
-    if arguments.resume and state_path.is_file():
-        state = torch.load(state_path, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, elapsed, curve, waited = (state[key] for key in ("step", "elapsed", "curve", "waited"))
-        best, best_weights = state["best"], state["best_weights"]
-        torch.set_rng_state(state["rng"].cpu())
-        if device == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
-
-    started, saved = time.monotonic() - elapsed, time.monotonic()
-    first_step, losses, stopped = step, [], "schedule"
-    while True:
-        elapsed = time.monotonic() - started
-        progress = max(step / total_steps, elapsed / (60 * arguments.minutes))
-        last = progress >= 1 or (arguments.steps is not None and step - first_step >= arguments.steps)
-        due = step % evaluate_every == 0 and (losses or (arguments.init and step == 0))
-        if due or last:
-            model.eval()
-            loss = reference.held_out(logits_of, *books, device)["nats_per_token"]
-            model.train()
-            record = {
-                "step": step,
-                "epoch": round(step / batches.per_epoch, 3),
-                "tokens": step * batches.rows * context,
-                "seconds": round(elapsed, 1),
-                "lr": optimizer.param_groups[0]["lr"],
-                "train_loss": round(torch.stack(losses).mean().item(), 4) if losses else None,
-                "valid_loss": loss,
-            }
-            losses = []
-            curve.append(record)
-            print(name, json.dumps(record), flush=True)
-            waited = 0 if loss < best else waited + 1
-            if loss < best:
-                best = loss
-                best_weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
-            if waited >= arguments.patience:
-                last, stopped = True, "early"
-        if last or time.monotonic() - saved > 60:
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "rng": torch.get_rng_state(),
-            }
-            state |= {"cuda_rng": torch.cuda.get_rng_state() if device == "cuda" else None}
-            state |= {"step": step, "elapsed": elapsed, "curve": curve, "waited": waited}
-            state |= {"best": best, "best_weights": best_weights}
-            save_state(state_path, state)
-            saved = time.monotonic()
-        if last:
-            break
-        rate = learning_rate(progress, arguments.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss, score_size = compiled(batches.at(step))
-        (loss + arguments.score_penalty * score_size).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step % 10 == 0:
-            losses.append(loss.detach())
-
-    model.load_state_dict(best_weights)
+    model.load_state_dict(run.best_weights)
     left_out = {"model", "out", "data", "cache", "init", "resume", "no_compile"}
     stage = {key: value for key, value in vars(arguments).items() if key not in left_out}
-    stage |= {"unique_tokens": len(stream), "tokens": step * batches.rows * context, "steps": step}
-    stage |= {"seconds": round(elapsed, 1), "stopped": stopped, "hardware": hardware(device), "curve": curve}
-    return finish(arguments, model, tokenizer, batches, stage if step else None, device)
+    tokens = run.step * batches.rows * context
+    stage |= {"unique_tokens": len(stream), "tokens": tokens, "steps": run.step}
+    stage |= {"seconds": round(run.elapsed, 1), "stopped": stopped, "hardware": hardware(device)}
+    stage |= {"curve": run.curve}
+    return finish(arguments, model, tokenizer, stage if run.step else None, device)
 
 
-def finish(arguments, model, tokenizer, batches: Batches, stage: dict | None, device: str) -> dict:
-    """Calms, rounds, measures and saves the trained model, and returns the report."""
+def finish(arguments, model, tokenizer, stage: dict | None, device: str) -> dict:
+    """Rounds, measures and saves the trained model, and returns the report."""
     name, data = arguments.model, text.data_folder(arguments.data)
     model.eval()
-    reference.calm_attention(model, batches.at(0)[:8, : reference.WINDOW])
     reference.round_to_bfloat16(model)
 
     def logits_of(ids: torch.Tensor) -> torch.Tensor:

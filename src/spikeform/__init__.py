@@ -12,15 +12,21 @@ from typing import TYPE_CHECKING, Any
 from spikeform import _plugin
 
 if TYPE_CHECKING:
-    from spikeform.checkpoint import load, save, verify
-    from spikeform.conversion import ConversionReport, convert
-    from spikeform.energy import energy
-    from spikeform.evaluation import fidelity, perplexity, zeroshot
-    from spikeform.methods import LAS
-    from spikeform.neurons import fit_few_spike
-    from spikeform.report import inspect, raster
-    from spikeform.spikes import SpikeTrain
-    from spikeform.synapses import executor
+    from spikeform.checkpoint import load as load
+    from spikeform.checkpoint import save as save
+    from spikeform.checkpoint import verify as verify
+    from spikeform.conversion import ConversionReport as ConversionReport
+    from spikeform.conversion import convert as convert
+    from spikeform.energy import energy as energy
+    from spikeform.evaluation import fidelity as fidelity
+    from spikeform.evaluation import perplexity as perplexity
+    from spikeform.evaluation import zeroshot as zeroshot
+    from spikeform.methods import LAS as LAS
+    from spikeform.neurons import fit_few_spike as fit_few_spike
+    from spikeform.report import inspect as inspect
+    from spikeform.report import raster as raster
+    from spikeform.spikes import SpikeTrain as SpikeTrain
+    from spikeform.synapses import executor as executor
 
 __version__ = "0.1.0"
 
@@ -42,7 +48,7 @@ _HOMES = {
     "zeroshot": "spikeform.evaluation",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -55,7 +55,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        module.AUTO_QUANTIZATION_CONFIG_MAPPING = _Table(module.AUTO_QUANTIZATION_CONFIG_MAPPING)
+        vars(module)["AUTO_QUANTIZATION_CONFIG_MAPPING"] = _Table(vars(module)["AUTO_QUANTIZATION_CONFIG_MAPPING"])
 
 
 class _Table(dict):

@@ -2,8 +2,8 @@
 
 What "to summation order" comes to in a whole model: a sum that differs in its last bit may fall on the other
 side of a threshold of the next layer, and then a code differs by one unit. In fp32 at T = 16 that leaves the
-logits of these models apart by 1.5e-5 to 4.5e-5 relative (measured, temporal against collapsed), as much as the
-conversion itself costs at T = 16. In fp64 the sums agree to 1e-16, no code flips, and the whole model does too.
+logits of these models apart by 1.5e-5 to 4.5e-5 relative (measured, temporal against collapsed), as much as
+the conversion itself costs at T = 16. In fp64 the sums agree to 1e-16, no code flips, and the models agree too.
 """
 
 import copy

@@ -103,7 +103,7 @@ def test_where_steps_are_few_the_top_is_cut_and_that_is_counted():
 
 @given(st.floats(0.5, 1.0), st.sampled_from(KINDS))
 def test_quantile(share, kind):
-    """The normal threshold is the quantile, to the quarter octave of a bin; the top, the margin times the peak."""
+    """The normal threshold is the quantile, to the width of a bin; the top is the margin times the peak."""
     x = samples(kind)
     neuron, _ = fitted(x, threshold="quantile", quantile=share, margin=1.5)
     normal, top = neuron.threshold.tolist()

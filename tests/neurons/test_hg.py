@@ -35,7 +35,7 @@ def inputs(function, seed=0, count=2000):
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("rounding", ["nearest", "floor"])
 def test_the_stated_bound(function, rounding, steps):
-    """Against the function in fp32, on which the levels are set; that differs from fp64 by its own rounding."""
+    """Against the function in fp32, on which the levels are set; that is off fp64 by its own rounding."""
     x = inputs(function)
     neuron = FixedPointHG(function, Radix2(steps), rounding)
     value, wanted = neuron(x).decode().double(), FUNCTIONS[function](x).double()

@@ -219,7 +219,7 @@ class _Store:
                 saturation.update(json.loads((opened.metadata() or {}).get("saturation", "{}")))
             tensors = load_file(file)
         except SafetensorError as error:
-            raise CalibrationError(f"{file} is damaged ({error}); delete it, and its block is calibrated anew") from None
+            raise CalibrationError(f"{file} is damaged ({error}); delete it: its block is calibrated anew") from None
         for name, neuron in block.named_modules():
             if isinstance(neuron, MT):
                 neuron.set_threshold(tensors[f"{name}.threshold"])

@@ -20,6 +20,9 @@ class MethodConfig(QuantizationConfigMixin):
     VERSION: ClassVar[int] = 1
     version: int
 
+    def __init__(self, **options: Any) -> None:  # each dataclass below writes its own
+        raise TypeError("MethodConfig is a base: use a method's configuration, e.g. spikeform.LAS")
+
     def __post_init__(self) -> None:
         """Check the version, then every option, then freeze.
 

@@ -111,7 +111,8 @@ def attach(model: PreTrainedModel, config: Any, report: Any) -> None:
     from spikeform.conversion.quantizer import SpikeformQuantizer
 
     model.config.quantization_config = config
-    model.spikeform_report = report
-    model.hf_quantizer = SpikeformQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
+    marks: Any = model
+    marks.spikeform_report = report
+    marks.hf_quantizer = SpikeformQuantizer(config, pre_quantized=True)
+    marks.is_quantized = True
+    marks.quantization_method = config.quant_method

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spikeform.errors import CalibrationError
@@ -49,7 +49,7 @@ def windows(model: PreTrainedModel, calibration: Any, tokenizer: Any) -> tuple[l
     parts = [part for row in rows for part in row.split(limit) if part.numel()]
     if not parts:
         raise CalibrationError("calibration holds no tokens: give at least one non-empty text, or None to sample some")
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = _embedding(model).num_embeddings
     for part in parts:
         if part.is_floating_point() or int(part.min()) < 0 or int(part.max()) >= vocabulary:
             raise CalibrationError(
@@ -79,14 +79,18 @@ def _batched(parts: list[Tensor], size: int = 8) -> list[Tensor]:
     return [torch.stack(g[i : i + size]) for _, g in sorted(groups.items()) for i in range(0, len(g), size)]
 
 
+def _embedding(model: PreTrainedModel) -> nn.Embedding:
+    return cast(nn.Embedding, model.get_input_embeddings())
+
+
 def _generates(model: PreTrainedModel) -> bool:
     return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def sample(model: PreTrainedModel, sequences: int, length: int, seed: int) -> Tensor:
     """Token ids ``[sequences, length]`` drawn from the model's own distribution at temperature 1."""
-    device = model.get_input_embeddings().weight.device
-    vocabulary = model.get_input_embeddings().num_embeddings
+    device = _embedding(model).weight.device
+    vocabulary = _embedding(model).num_embeddings
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(vocabulary, (sequences, 1 if _generates(model) else length), generator=generator).to(device)
     if not _generates(model):

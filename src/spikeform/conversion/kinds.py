@@ -7,6 +7,7 @@ reported. Names, not classes, so that no family is imported before a model of it
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -70,8 +71,11 @@ CONTAINERS = set(_family("bert", "BertLMPredictionHead"))
 
 
 def kind_of(module: nn.Module) -> str:
-    """``linear``, ``norm``, ``activation``, ``gated_mlp``, ``attention``, ``embedding``, ``container`` or
-    ``unknown``. A container computes nothing that a table here would have to name.
+    """The kind of a module, by its exact type.
+
+    Returns:
+        ``linear``, ``norm``, ``activation``, ``gated_mlp``, ``attention``, ``embedding``, ``unknown``, or
+        ``container``, which computes nothing that a table here would have to name.
     """
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     if name in LINEAR:
@@ -101,7 +105,7 @@ def activation_function(module: nn.Module) -> str:
     return ACTIVATIONS[f"{type(module).__module__}.{type(module).__qualname__}"]
 
 
-def norm_form(module: nn.Module) -> tuple[float, bool, float]:
+def norm_form(module: Any) -> tuple[float, bool, float]:
     """``(eps, centred, gain offset)`` of a known norm."""
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     eps = getattr(module, "variance_epsilon", None)

@@ -49,13 +49,15 @@ class SpikeformQuantizer(HfQuantizer):
         from spikeform.conversion.convert import attach, convert
 
         if not self.pre_quantized:
-            del model.config.quantization_config
+            vars(model.config).pop("quantization_config", None)
             return convert(model, self.quantization_config)
         _refuse([p for name, module in model.named_modules() for p in _settle(name, module, model)])
         attach(model, self.quantization_config, self._report)
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(  # type: ignore[override]  # the base returns None for "as it is"
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict as it is written: spiking weights ``[1, N, K]``, but for those tied to an embedding."""
         state = model.state_dict()
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -65,12 +67,12 @@ class SpikeformQuantizer(HfQuantizer):
                 state[key] = state[key].unsqueeze(0)
         return state, {"spikeform_format": "1"}
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # type: ignore[override]
         """Yes."""
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # type: ignore[override]
         """Adapters may be trained on top; the encoders themselves have no gradient."""
         return False
 
@@ -84,10 +86,10 @@ def _refuse(problems: list[str]) -> None:
 
 
 def _wrong_tensors(model: PreTrainedModel, files: list[str]) -> list[str]:
-    """Tensors that the files lack, that are not the model's, or of another shape: transformers would warn of the
-    first two, and not name the third in its error.
+    """Tensors that the files lack, that are not the model's, or of another shape.
 
-    A model loaded as another class than the one that was saved (a bare backbone, say) may leave tensors over.
+    Transformers would warn of the first two, and not name the third in its error. A model loaded as another
+    class than the one that was saved (a bare backbone, say) may leave tensors over.
     """
     if not files:
         return []

@@ -66,4 +66,5 @@ class ConversionReport:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ConversionReport:
         """Inverse of :meth:`to_dict`."""
-        return cls(**{**data, "rows": [Row(**row) for row in data["rows"]]})
+        fields: dict[str, Any] = {**data, "rows": [Row(**row) for row in data["rows"]]}
+        return cls(**fields)

@@ -74,14 +74,15 @@ class SpikingAttention(nn.Module):
         visible = alive = None
         if mask is not None:
             mask = mask[..., :keys]
-            mask = mask.view(mask.shape[0], -1, 1, length, keys) if mask.shape[1] == 1 else mask.unflatten(1, (groups, -1))
+            by_head = (1, 1) if mask.shape[1] == 1 else (groups, heads // groups)
+            mask = mask.unflatten(1, by_head)
             alive = (mask > torch.finfo(mask.dtype).min / 2).any(-1, keepdim=True)
             if observer() is not None:
                 seen = (mask > torch.finfo(mask.dtype).min / 2).expand(batch, groups, heads // groups, length, keys)
                 visible = seen.reshape(batch, groups, -1, keys)
         scores = matmul(q, k, transpose_b=True, mask=visible, site=f"{self.site}.scores") * scaling
         scores = scores.view(batch, groups, heads // groups, length, keys)
-        if mask is not None:
+        if mask is not None and alive is not None:
             scores = scores + mask
             alive = alive.expand(batch, groups, heads // groups, length, 1).reshape(batch, groups, -1, 1)
         weights = self._softmax(scores.view(batch, groups, -1, keys), alive)
@@ -156,7 +157,7 @@ def install(attention: nn.Module, spiking: SpikingAttention) -> None:
     attention.register_forward_pre_hook(_cache_of_codes, with_kwargs=True)
 
 
-def _cache_of_codes(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _cache_of_codes(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     def view(value: Any) -> Any:
         value = value.self_attention_cache if isinstance(value, EncoderDecoderCache) else value
         return CodeCache(value, module.spiking) if isinstance(value, Cache) else value
@@ -174,7 +175,7 @@ def attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface. Dense attention modules of the same model take their family's own.
+    """The attention interface of transformers. Dense attention modules of the same model take their family's own.
 
     Raises:
         ValueError: An option of the family that changes the scores is not known here.

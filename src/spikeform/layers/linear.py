@@ -48,9 +48,7 @@ class SpikingLinear(nn.Linear):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Multiply ``2^channel_shift`` of the neuron into the weight's columns: powers of two, so no bit of any
-        product changes.
-        """
+        """Multiply ``2^channel_shift`` into the weight's columns: powers of two, so no bit of any product changes."""
         if self.neuron.channel_shift is not None and not self.neuron.folded:
             # A new tensor: the old one may be shared (tied) or memory-mapped.
             folded = self.weight * power_of_two(self.neuron.channel_shift, self.weight.dtype)

@@ -16,8 +16,9 @@ _recorder: ContextVar[Recorder | None] = ContextVar("spikeform_recorder", defaul
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Calibration: in the block, neurons that need thresholds show ``recorder`` their input and pass it on
-    unchanged, as if their resolution were infinite.
+    """Calibration: in the block, neurons that need thresholds show ``recorder`` their input.
+
+    They pass it on unchanged, as if their resolution were infinite.
     """
     token = _recorder.set(recorder)
     try:

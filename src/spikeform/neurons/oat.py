@@ -144,8 +144,10 @@ class MT(Neuron):
 
 
 class OAT(MT):
-    """Outlier-aware threshold neuron: an element is an outlier where ``|x| >= theta_normal``; it is then coded
-    whole (not the excess) by the sub-neuron of ``theta_outlier``.
+    """Outlier-aware threshold neuron.
+
+    An element is an outlier where ``|x| >= theta_normal``; it is then coded whole (not the excess) by the
+    sub-neuron of ``theta_outlier``.
     """
 
     populations = 2

@@ -24,11 +24,16 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 KINDS = ("norm", "value", "feed_forward")
+
+# A model of a supported family, or a part of it. What attributes it has depends on the family; the type
+# nn.Module says no more of an attribute than "a tensor or a module".
+Part = Any
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class _Pair:
     """A place that can be rescaled: channel i is output `rows[i]`, and input columns `columns[i]`."""
 
     kind: str
-    producer: nn.Module
-    consumers: list[nn.Module]
+    producer: Part
+    consumers: list[Part]
     rows: list[int]
     columns: list[list[int]]
 
@@ -101,7 +106,7 @@ def outlier_twin(
             "Gemma's norms multiply by 1 + weight, which rescales in float32 only: use model.float()"
         )
 
-    twin = copy.deepcopy(model)
+    twin: Part = copy.deepcopy(model)
     module_names = {module: name for name, module in twin.named_modules()}
     generator = torch.Generator().manual_seed(seed)
     shared: dict[int, list[int]] = {}
@@ -131,13 +136,13 @@ def outlier_twin(
     return twin
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def _is_conv1d(module: Part) -> bool:
     """Says whether the module is GPT-2's linear layer, whose weight is [in, out]."""
     return type(module).__name__ == "Conv1D"
 
 
 @torch.no_grad()
-def _scale_output(module: nn.Module, row: int, factor: float, offset: float) -> None:
+def _scale_output(module: Part, row: int, factor: float, offset: float) -> None:
     """Multiplies one output channel of a norm or of a linear layer."""
     if _is_conv1d(module):
         module.weight[:, row] *= factor
@@ -150,7 +155,7 @@ def _scale_output(module: nn.Module, row: int, factor: float, offset: float) -> 
 
 
 @torch.no_grad()
-def _divide_input(module: nn.Module, columns: list[int], factor: float) -> None:
+def _divide_input(module: Part, columns: list[int], factor: float) -> None:
     """Divides input columns of a linear layer."""
     if _is_conv1d(module):
         module.weight[columns] /= factor
@@ -158,30 +163,30 @@ def _divide_input(module: nn.Module, columns: list[int], factor: float) -> None:
         module.weight[:, columns] /= factor
 
 
-def _norm(norm: nn.Module, *consumers: nn.Module) -> _Pair:
+def _norm(norm: Part, *consumers: Part) -> _Pair:
     channels = range(norm.weight.shape[0])
     return _Pair("norm", norm, list(consumers), list(channels), [[c] for c in channels])
 
 
-def _value(value: nn.Module, rows: Sequence[int], output: nn.Module, head: int, groups: int = 1) -> _Pair:
+def _value(value: Part, rows: Sequence[int], output: Part, head: int, groups: int = 1) -> _Pair:
     """A value projection, `rows` its value channels in order; one of them feeds `groups` query heads."""
     columns = [[(c // head * groups + g) * head + c % head for g in range(groups)] for c in range(len(rows))]
     return _Pair("value", value, [output], list(rows), columns)
 
 
-def _feed_forward(up: nn.Module, down: nn.Module) -> _Pair:
+def _feed_forward(up: Part, down: Part) -> _Pair:
     width = down.weight.shape[0 if _is_conv1d(down) else 1]
     return _Pair("feed_forward", up, [down], list(range(width)), [[c] for c in range(width)])
 
 
-def _having(model: nn.Module, *attributes: str) -> Iterator[nn.Module]:
+def _having(model: Part, *attributes: str) -> Iterator[Part]:
     """Yields the modules that have all these attributes: the layers, wherever the model keeps them."""
     for module in model.modules():
         if all(getattr(module, attribute, None) is not None for attribute in attributes):
             yield module
 
 
-def _head(model: nn.Module, norm_name: str) -> Iterator[_Pair]:
+def _head(model: Part, norm_name: str) -> Iterator[_Pair]:
     """The final norm and the head, unless the head is tied, or absent: then the norm gives the result."""
     head = model.get_output_embeddings()
     base = getattr(model, model.base_model_prefix, None)
@@ -194,7 +199,7 @@ def _head(model: nn.Module, norm_name: str) -> Iterator[_Pair]:
         yield _norm(norm, head)
 
 
-def _llama_like(model: nn.Module) -> Iterator[_Pair]:
+def _llama_like(model: Part) -> Iterator[_Pair]:
     """Pre-norm blocks, separate projections, gated network; norms on queries and keys are left alone."""
     for layer in _having(model, "input_layernorm", "self_attn", "mlp"):
         attention, mlp = layer.self_attn, layer.mlp
@@ -209,7 +214,7 @@ def _llama_like(model: nn.Module) -> Iterator[_Pair]:
     yield from _head(model, "norm")
 
 
-def _gpt2(model: nn.Module) -> Iterator[_Pair]:
+def _gpt2(model: Part) -> Iterator[_Pair]:
     """GPT-2: queries, keys and values lie side by side in c_attn."""
     for layer in _having(model, "ln_1", "attn", "ln_2", "mlp"):
         width = layer.ln_1.weight.shape[0]
@@ -221,7 +226,7 @@ def _gpt2(model: nn.Module) -> Iterator[_Pair]:
     yield from _head(model, "ln_f")
 
 
-def _opt(model: nn.Module) -> Iterator[_Pair]:
+def _opt(model: Part) -> Iterator[_Pair]:
     """OPT: pre-norm, except OPT-350m, whose norms feed the residual stream."""
     for layer in _having(model, "self_attn_layer_norm", "self_attn", "fc1", "fc2"):
         attention = layer.self_attn
@@ -235,7 +240,7 @@ def _opt(model: nn.Module) -> Iterator[_Pair]:
     yield from _head(model, "final_layer_norm")
 
 
-def _gpt_neox(model: nn.Module) -> Iterator[_Pair]:
+def _gpt_neox(model: Part) -> Iterator[_Pair]:
     """GPT-NeoX: each head's query, key and value lie together in query_key_value."""
     for layer in _having(model, "input_layernorm", "attention", "mlp"):
         attention = layer.attention
@@ -250,7 +255,7 @@ def _gpt_neox(model: nn.Module) -> Iterator[_Pair]:
     yield from _head(model, "final_layer_norm")
 
 
-def _phi(model: nn.Module) -> Iterator[_Pair]:
+def _phi(model: Part) -> Iterator[_Pair]:
     """Phi: one norm feeds attention and network at once."""
     for layer in _having(model, "input_layernorm", "self_attn", "mlp"):
         attention, mlp = layer.self_attn, layer.mlp
@@ -263,7 +268,7 @@ def _phi(model: nn.Module) -> Iterator[_Pair]:
     yield from _head(model, "final_layernorm")
 
 
-def _bert(model: nn.Module) -> Iterator[_Pair]:
+def _bert(model: Part) -> Iterator[_Pair]:
     """BERT: post-norm, so only the value and output projections (and a ReLU network) can be rescaled."""
     for layer in _having(model, "attention", "intermediate", "output"):
         value = layer.attention.self.value
@@ -274,7 +279,7 @@ def _bert(model: nn.Module) -> Iterator[_Pair]:
             yield _feed_forward(layer.intermediate.dense, layer.output.dense)
 
 
-_FAMILIES: dict[str, Callable[[nn.Module], Iterator[_Pair]]] = {
+_FAMILIES: dict[str, Callable[[Part], Iterator[_Pair]]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _llama_like),
     "gpt2": _gpt2,
     "opt": _opt,

@@ -1,5 +1,7 @@
-"""Seeing what flows: synapses and neurons tell an active observer what they did. Counting, rasters and tests
-listen here; with no observer a call costs one look-up. It lies on the ground floor because neurons report too.
+"""Seeing what flows: synapses and neurons tell an active observer what they did.
+
+Counting, rasters and tests listen here; with no observer a call costs one look-up. It lies on the ground floor
+because neurons report too.
 """
 
 from __future__ import annotations

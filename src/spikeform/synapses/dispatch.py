@@ -6,15 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from spikeform.spikes import SpikeTrain
-
 EXECUTORS = ("temporal", "collapsed", "event")
 _forced: ContextVar[str | None] = ContextVar("spikeform_executor", default=None)
-
-# The event executor in plain PyTorch gathers the weight columns that it visits. Measured on two CPU cores
-# (benchmarks/executors.py): the gather costs more than the dense product saves until this share is zero.
-EVENT_MIN_ZEROS = 0.9
-EVENT_MAX_ROWS = 4
 
 
 @contextmanager
@@ -37,12 +30,11 @@ def executor(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def explain(kind: str, train: SpikeTrain) -> tuple[str, str]:
+def explain(kind: str) -> tuple[str, str]:
     """The executor that a product would take now, and the reason.
 
     Args:
         kind: ``linear``, ``matmul`` or ``hadamard``.
-        train: Its first operand, ``[..., K]``.
 
     Returns:
         Name and reason.
@@ -50,12 +42,7 @@ def explain(kind: str, train: SpikeTrain) -> tuple[str, str]:
     forced = _forced.get()
     if forced is not None:
         return forced, "chosen by spikeform.executor"
-    if kind != "linear":
-        return "collapsed", f"a {kind} has no weight rows to skip"
-    rows = train.codes.numel() // max(train.codes.shape[-1], 1)
-    if rows > EVENT_MAX_ROWS:
-        return "collapsed", f"{rows} rows: the zeros of more than {EVENT_MAX_ROWS} rows hardly coincide"
-    zeros = 1 - int(train.codes.count_nonzero()) / max(train.codes.numel(), 1)
-    if zeros < EVENT_MIN_ZEROS:
-        return "collapsed", f"{zeros:.0%} of the integers are zero, below {EVENT_MIN_ZEROS:.0%}"
-    return "event", f"{zeros:.0%} of the integers are zero at {rows} rows"
+    return "collapsed", (
+        f"the default for every {kind}: in plain PyTorch the event executor gathers the weights that it visits, and "
+        "that was mostly slower on a CPU, at best 8% faster (benchmarks/results/executors-cpu.json)"
+    )

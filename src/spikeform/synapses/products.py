@@ -30,7 +30,7 @@ def linear(train: SpikeTrain, weight: Tensor, bias: Tensor | None = None, *, sit
     """
     if train.shape[-1] != weight.shape[-1]:
         raise ValueError(f"{site or 'linear'}: the train has {train.shape[-1]} channels, the weight {weight.shape[-1]}")
-    name, _ = explain("linear", train)
+    name, _ = explain("linear")
     out, sent = _MODULES[name].linear(train, weight)
     listener = observer()
     if listener is not None:
@@ -65,7 +65,7 @@ def matmul(
     Returns:
         ``[..., M, N]`` real.
     """
-    name, _ = explain("matmul", a)
+    name, _ = explain("matmul")
     out, sent = _MODULES[name].matmul(a, b, transpose_b)
     listener = observer()
     if listener is not None:
@@ -86,7 +86,7 @@ def hadamard(a: SpikeTrain, b: SpikeTrain, *, site: str = "") -> Tensor:
     Returns:
         Real tensor of the broadcast shape.
     """
-    name, _ = explain("hadamard", a)
+    name, _ = explain("hadamard")
     out, sent = _MODULES[name].hadamard(a, b)
     listener = observer()
     if listener is not None:

@@ -15,14 +15,16 @@ CODINGS = ("radix2", "signed_digit", "multi_threshold")
 ROLES = ("linear", "query", "key", "value", "probability", "norm", "up", "act", "lm_head")
 
 
-def _option(default: Any, help: str) -> Any:
+def _option(default: Any, help: str) -> Any:  # the help text feeds command lines and recipe checkers
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(eq=True, repr=True)
 class LAS(MethodConfig):
-    """Lossless ANN-to-SNN conversion (arXiv 2505.09659): OAT neurons before every product, HG neurons for every
-    non-linearity. Where the paper gives no rule (thresholds, the HG fit) the defaults are ours.
+    """Lossless ANN-to-SNN conversion (arXiv 2505.09659).
+
+    OAT neurons before every product, HG neurons for every non-linearity. Where the paper gives no rule
+    (thresholds, the HG fit) the defaults are ours.
 
     Args:
         steps: Time steps T, 1 to 16.

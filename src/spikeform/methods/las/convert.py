@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,7 +63,8 @@ class _Builder:
             layer.to(next((p.device for p in module.parameters()), self.model.device))
         if layer is not module:
             self.model.set_submodule(name, layer)
-        self.report.rows.append(Row(name, kind, type(layer if layer is not module else module.spiking).__name__, reason))
+        spiking = layer if layer is not module else module.spiking  # attention keeps its module, and gains a child
+        self.report.rows.append(Row(name, kind, type(spiking).__name__, reason))
 
     def _stays_real(self, name: str, module: nn.Module, kind: str) -> str | None:
         if kind in _REAL:
@@ -112,7 +114,7 @@ class _Builder:
             neuron.channel_weight = layer.weight.detach().float().square().sum(0)
         return layer, type(neuron).__name__
 
-    def _norm(self, name: str, module: nn.Module) -> tuple[nn.Module, str]:
+    def _norm(self, name: str, module: Any) -> tuple[nn.Module, str]:
         eps, centred, offset = norm_form(module)
         layer = SpikingNorm(
             module.weight,
@@ -130,7 +132,7 @@ class _Builder:
         function = activation_function(module)
         return SpikingActivation(self._hg(function, name)), f"HG {function}"
 
-    def _gated_mlp(self, name: str, module: nn.Module) -> tuple[nn.Module, str]:
+    def _gated_mlp(self, name: str, module: Any) -> tuple[nn.Module, str]:
         # Whether act_fn will spike is known only from the same rules that its own visit applies.
         act_kind = kind_of(module.act_fn)
         spikes = act_kind == "activation" and self._stays_real(f"{name}.act_fn", module.act_fn, act_kind) is None
@@ -152,10 +154,11 @@ class _Builder:
             name,
         )
         install(module, spiking)
-        return module, "OAT on queries, keys, values and probabilities" + (", HG softmax" if self.config.softmax else "")
+        softmax = ", HG softmax" if self.config.softmax else ""
+        return module, f"OAT on queries, keys, values and probabilities{softmax}"
 
 
-def _heads(attention: nn.Module) -> tuple[int, int]:
+def _heads(attention: Any) -> tuple[int, int]:
     """Key/value heads and head size."""
     config = attention.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

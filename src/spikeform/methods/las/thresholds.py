@@ -67,7 +67,7 @@ def fit(neuron: MT, histogram: Histogram, config: LAS) -> float:
         thresholds = [min(normal, float(tops[0]) / 2), float(tops[0])]
     else:
         thresholds = _least_error(weighted, tops, neuron, config)
-    neuron.set_threshold(thresholds)
+    neuron.set_threshold(tuple(thresholds))
     if peak <= float(neuron.threshold[-1]):
         return 0.0
     above = Histogram.magnitudes() > neuron.threshold[-1].double().cpu()
@@ -84,12 +84,12 @@ def _top_of_one(neuron: MT) -> float:
 
 
 def _unseen(histogram: Histogram, margin: float) -> Tensor:
-    """What calibration did not meet, as counts ``[C, BINS]``: ``margin^-4`` of an input at ``margin`` times the
-    largest one of each channel.
+    """What calibration did not meet, as counts ``[C, BINS]``.
 
-    By the rule of succession the next input exceeds the N seen ones with probability 1 / (N + 1), and where tails
-    fall as the fourth power, goes beyond ``margin`` times the largest in ``margin^-4`` of these cases. Without it
-    the least error on the sample leaves no room above the sample, even where steps are plenty.
+    For each channel, ``margin^-4`` of an input at ``margin`` times its largest one. By the rule of succession
+    the next input exceeds the N seen ones with probability 1 / (N + 1), and where tails fall as the fourth
+    power, goes beyond ``margin`` times the largest in ``margin^-4`` of these cases. Without it the least error
+    on the sample leaves no room above the sample, even where steps are plenty.
     """
     position = ((histogram.peak.double() * margin).log2() - LOWEST) * PER_OCTAVE
     bins = position.floor().clamp(0, BINS - 1).long()
@@ -113,9 +113,10 @@ def channel_shifts(histogram: Histogram) -> Tensor:
 
 
 def _channel_weight(neuron: MT, histogram: Histogram) -> Tensor:
-    """How much a squared error in each channel matters, fp64 ``[C]``: what the next weights make of it where
-    they are known, or the inverse of the channel's own mean square. Either way no rescaling of channels that
-    leaves the dense function alone changes the choice.
+    """How much a squared error in each channel matters, fp64 ``[C]``.
+
+    What the next weights make of it where they are known, or the inverse of the channel's own mean square.
+    Either way no rescaling of channels that leaves the dense function alone changes the choice.
     """
     channels = histogram.counts.shape[0]
     if channels == 1:
