@@ -86,6 +86,11 @@ def test_its_spikes_are_its_value(function, coding):
     )  # each in its own binade: the top bit is set
 
 
+def test_a_tie_rounds_away_from_zero():
+    x = torch.tensor([0.53125, -0.53125, 0.96875])  # between two levels of 1/16; the last one carries
+    assert FixedPointHG("relu", Radix2(4))(x).decode().tolist() == [0.5625, 0.0, 1.0]
+
+
 def test_its_sub_neurons_are_binades():
     train = FixedPointHG("relu", Radix2(4), low=-2, high=3)(
         torch.tensor([0.2, 0.25, 0.49, 0.5, 1.0, 3.9, 7.0, 8.0, 1e9, -5.0])
