@@ -179,9 +179,7 @@ def save_folder(model: nn.Module, tokenizer, folder: Path) -> None:
     compact(folder / "tokenizer.json")
     settings = folder / "tokenizer_config.json"
     kept = json.loads(settings.read_text(encoding="utf-8"))
-    kept = {
-        key: value for key, value in kept.items() if key not in ("is_local", "local_files_only", "backend")
-    }
+    kept = {key: value for key, value in kept.items() if key not in ("is_local", "local_files_only", "backend")}
     kept["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older releases know, too
     settings.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 

@@ -38,9 +38,7 @@ def draw(results: Path, target: Path) -> None:
         axis.set(title=name, xlabel="million tokens", ylim=(3.0, 5.0))
         axis.legend(fontsize=7)
     axes[0].set_ylabel("nats per token")
-    figure.suptitle(
-        "Each model has its own vocabulary (8192, 3072, 3072): compare bits per byte, not nats", fontsize=9
-    )
+    figure.suptitle("Each model has its own vocabulary (8192, 3072, 3072): compare bits per byte, not nats", fontsize=9)
     figure.tight_layout()
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110)

@@ -33,17 +33,13 @@ import torch.nn.functional as F
 
 def parse_arguments() -> argparse.Namespace:
     """Returns the command line's arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=reference.NAMES, default="llama")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="default: $SPIKEFORM_DATA, else ../shared/data")
     parser.add_argument("--cache", type=Path, help="default: OUT/cache")
     parser.add_argument("--minutes", type=float, default=30.0, help="end of the schedule in wall time")
-    parser.add_argument(
-        "--epochs", type=float, default=30.0, help="end of the schedule in passes over the text"
-    )
+    parser.add_argument("--epochs", type=float, default=30.0, help="end of the schedule in passes over the text")
     parser.add_argument("--batch-tokens", type=int, default=32768)
     parser.add_argument("--lr", type=float, help="peak; default: 2e-3 for llama, 1e-3 for the others")
     parser.add_argument(
@@ -52,16 +48,10 @@ def parse_arguments() -> argparse.Namespace:
         help="times the mean square attention score; default: 0 for llama, 1e-4 for the others",
     )
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument(
-        "--dropout", type=float, default=0.0, help="on what blocks write to the residual stream"
-    )
+    parser.add_argument("--dropout", type=float, default=0.0, help="on what blocks write to the residual stream")
     parser.add_argument("--evaluate-every", type=float, default=0.5, help="in epochs")
-    parser.add_argument(
-        "--patience", type=int, default=12, help="evaluations without a new best before stopping"
-    )
-    parser.add_argument(
-        "--init", type=Path, help="start from the weights of this folder (to cool down a model)"
-    )
+    parser.add_argument("--patience", type=int, default=12, help="evaluations without a new best before stopping")
+    parser.add_argument("--init", type=Path, help="start from the weights of this folder (to cool down a model)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="stop after so many steps of this run (to try the script)")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/NAME.state.pt")
@@ -101,9 +91,7 @@ class Batches:
         return self.ids[rows[:, None] + self.span].long()
 
 
-def make_optimizer(
-    model: torch.nn.Module, arguments: argparse.Namespace, device: str
-) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, arguments: argparse.Namespace, device: str) -> torch.optim.Optimizer:
     """Returns AdamW with weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]

@@ -101,7 +101,8 @@ def tokens(rows: int = 2, length: int = 16, seed: int = 1) -> torch.Tensor:
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Relative difference of two tensors, by norm."""
-    return float((a.double() - b.double()).norm() / a.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / a.norm())
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:

@@ -42,9 +42,7 @@ def test_import_takes_less_than_300_ms():
 
 
 def test_help_takes_less_than_a_second():
-    assert (
-        fastest("import sys; sys.argv = ['spikeform', '--help']; from spikeform.cli import main; main()") < 1
-    )
+    assert fastest("import sys; sys.argv = ['spikeform', '--help']; from spikeform.cli import main; main()") < 1
 
 
 @pytest.mark.parametrize("module", ["spikeform", "spikeform.cli"])

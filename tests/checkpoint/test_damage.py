@@ -106,9 +106,7 @@ def test_missing_file(saved, name):
         assert f"{name}: missing" in problems_of(saved)
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "adapter_config.json", "modeling_x.py", "b.safetensors"]
-)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_config.json", "modeling_x.py", "b.safetensors"])
 def test_extra_file_that_could_be_loaded(saved, name):
     (saved / name).touch()
     assert problems_of(saved) == (f"{name}: not in the manifest",)
@@ -191,9 +189,7 @@ class TestManifest:
         with pytest.raises(DamagedCheckpointError, match=message):
             checkpoint.verify(saved)
 
-    @pytest.mark.parametrize(
-        "name", ["../outside", "/etc/hostname", "a/../../b", "", "a\\b", "./config.json"]
-    )
+    @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../b", "", "a\\b", "./config.json"])
     def test_path_traversal(self, saved, name):
         files = json.loads((saved / "spikeform.json").read_text())["files"]
         edit_json(saved / "spikeform.json", files={**files, name: {"bytes": 0, "sha256": ""}})

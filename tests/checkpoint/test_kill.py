@@ -31,9 +31,7 @@ def test_kill_at_every_file_operation(tmp_path):
     for line, untouched in zip(lines, ("old", "none", "old", "none"), strict=True):
         assert line.pop() == "finished"
         assert len(line) > 30
-        assert line == sorted(
-            line, key=(untouched, "new").index
-        )  # up to one moment the old one, from then the new
+        assert line == sorted(line, key=(untouched, "new").index)  # up to one moment the old one, from then the new
         assert {*line} == {untouched, "new"}
 
 

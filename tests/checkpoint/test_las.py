@@ -22,9 +22,7 @@ IDS = torch.arange(20).view(2, 10)
 
 def gpt2():
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
-    )
+    config = GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
     return GPT2LMHeadModel(config).eval()
 
 
@@ -43,9 +41,7 @@ def bert():
 
 
 def convert(model, **options):
-    return spikeform.convert(
-        model, spikeform.LAS(steps=8, **options), calibration=torch.randint(100, (4, 16))
-    )
+    return spikeform.convert(model, spikeform.LAS(steps=8, **options), calibration=torch.randint(100, (4, 16)))
 
 
 @pytest.fixture(scope="module")

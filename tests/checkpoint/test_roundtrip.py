@@ -134,9 +134,7 @@ def test_tensors_that_do_not_fit_the_configuration(model, tmp_path):
     file = tmp_path / "m" / "config.json"
     good = json.loads(file.read_text())
     file.write_text(json.dumps({**good, "num_hidden_layers": 3}))
-    with pytest.raises(
-        DamagedCheckpointError, match=r"model\.layers\.2\.self_attn\.q_proj\.threshold: tensor missing"
-    ):
+    with pytest.raises(DamagedCheckpointError, match=r"model\.layers\.2\.self_attn\.q_proj\.threshold: tensor missing"):
         checkpoint.load(tmp_path / "m")
     file.write_text(json.dumps({**good, "num_hidden_layers": 1}))
     with pytest.raises(DamagedCheckpointError, match=r"model\.layers\.1\.\S+: tensor unexpected"):

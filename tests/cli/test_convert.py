@@ -145,9 +145,7 @@ def test_damaged_dense_models(run, tiny_llama, tmp_path):
     less = {k: v for k, v in tensors.items() if k != "model.norm.weight"}
     save_file(less, file, metadata={"format": "pt"})
     refused(run("convert", folder, tmp_path / "out"), "lacks the tensor model.norm.weight")
-    save_file(
-        tensors | {"model.norm.weight": torch.full((64,), float("nan"))}, file, metadata={"format": "pt"}
-    )
+    save_file(tensors | {"model.norm.weight": torch.full((64,), float("nan"))}, file, metadata={"format": "pt"})
     refused(run("convert", folder, tmp_path / "out"), "model.norm.weight is not finite")
     save_file(tensors | {"model.norm.weight": torch.ones(63)}, file, metadata={"format": "pt"})
     refused(run("convert", folder, tmp_path / "out"), f"cannot load {folder}")

@@ -28,9 +28,7 @@ def test_demo_shows_and_saves_everything(run, small, dense, text, tmp_path):
     assert spikeform.verify(tmp_path / "demo" / "checkpoint").manifest
     for path in report["files"].values():
         assert path in result.out
-    assert (
-        run(*args[:-2], "--json").json["data"]["sampled_from"] == "dense"
-    )  # a second one replaces the first
+    assert run(*args[:-2], "--json").json["data"]["sampled_from"] == "dense"  # a second one replaces the first
 
 
 def test_demo_keeps_foreign_files(run, tmp_path):

@@ -53,9 +53,7 @@ def test_texts_longer_than_the_context_are_split(model):
     ids = torch.arange(3, 103).repeat(3)
     assert windows(model, ids, None)[1] == {"source": "token ids", "sequences": 5, "tokens": 300}
     model.config.max_position_embeddings = 10**6
-    assert (
-        max(b.shape[1] for b in windows(model, torch.zeros(1, 2000, dtype=torch.long), None)[0]) == MAX_WINDOW
-    )
+    assert max(b.shape[1] for b in windows(model, torch.zeros(1, 2000, dtype=torch.long), None)[0]) == MAX_WINDOW
 
 
 @pytest.mark.parametrize(
@@ -76,7 +74,6 @@ def test_texts_longer_than_the_context_are_split(model):
         (torch.tensor([[1, 120]]), None, "integers from 0 to 119"),
         (torch.tensor([[-1, 5]]), None, "integers from 0 to 119"),
     ],
-    ids=str,
 )
 def test_data_that_cannot_be_used(calibration, tokenizer, message, model):
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -127,9 +124,7 @@ def test_batches_do_not_matter(family, monkeypatch):
     spikeform.convert(together, config, CALIBRATION)
     first, _ = windows(apart, CALIBRATION[:3], None)
     second, _ = windows(apart, CALIBRATION[3:], None)
-    monkeypatch.setattr(
-        sys.modules["spikeform.conversion.convert"], "windows", lambda *a: (first + second, {})
-    )
+    monkeypatch.setattr(sys.modules["spikeform.conversion.convert"], "windows", lambda *a: (first + second, {}))
     spikeform.convert(apart, config, CALIBRATION)
     assert same(thresholds(together), thresholds(apart))
 
@@ -138,9 +133,7 @@ def test_a_block_is_calibrated_on_what_spiking_blocks_send(model):
     """At T = 2 the first block's errors are large; the second block's thresholds must have seen them."""
     config = spikeform.LAS(steps=2)
     model = spikeform.convert(model, config, CALIBRATION)
-    alone = spikeform.convert(
-        families.build("llama"), spikeform.LAS(steps=2, skip=("*.layers.0.*",)), CALIBRATION
-    )
+    alone = spikeform.convert(families.build("llama"), spikeform.LAS(steps=2, skip=("*.layers.0.*",)), CALIBRATION)
     one, two = thresholds(model), thresholds(alone)
     differ = [n for n in two if ".layers.1." in n and not torch.equal(one[n], two[n])]
     assert differ
@@ -217,9 +210,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     with pytest.raises(CalibrationError, match="not empty"):
         spikeform.convert(families.build("llama"), spikeform.LAS(), CALIBRATION, workdir=tmp_path)
     with pytest.raises(CalibrationError, match="is a file"):
-        spikeform.convert(
-            families.build("llama"), spikeform.LAS(), CALIBRATION, workdir=tmp_path / "thesis.tex"
-        )
+        spikeform.convert(families.build("llama"), spikeform.LAS(), CALIBRATION, workdir=tmp_path / "thesis.tex")
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 
 

@@ -50,9 +50,7 @@ def test_masked_matmul_by_hand() -> None:
     assert tally.accumulations == (3 * 1 + 3 * 2) + (1 * 2 + 4 * 1)
     assert tally.running_sums == 6 + 5
     assert tally.macs == 3 * 2
-    turned = Product(
-        "a.scores", "matmul", (a, train([[1, 0], [0, 15]])), (2, 2), 8, mask=mask, transposed=True
-    )
+    turned = Product("a.scores", "matmul", (a, train([[1, 0], [0, 15]])), (2, 2), 8, mask=mask, transposed=True)
     assert count(turned).products["a.scores", "matmul"].accumulations == tally.accumulations
 
 

@@ -63,9 +63,7 @@ def test_macs_are_the_architectures() -> None:
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize(
-    "options", [{}, {"coding": "signed_digit"}, {"coding": "multi_threshold", "levels": 4}]
-)
+@pytest.mark.parametrize("options", [{}, {"coding": "signed_digit"}, {"coding": "multi_threshold", "levels": 4}])
 def test_counts_are_the_spikes_sent(make, options) -> None:
     model, counter = spiking(make, **options), Counter()
     with torch.no_grad(), spikeform.executor("temporal"), counter.watch(model):
@@ -91,9 +89,7 @@ def test_signed_digit_sends_fewer_spikes_and_a_spiking_head_moves_macs() -> None
     assert signed.spikes < 0.8 * binary.spikes
     head = spikeform.energy(spiking(steps=12, lm_head=True), IDS)
     assert head.ops["dense"]["dense_macs"] == 0
-    assert head.ops["dense"]["linear_macs"] == sum(
-        binary.ops["dense"][k] for k in ("linear_macs", "dense_macs")
-    )
+    assert head.ops["dense"]["linear_macs"] == sum(binary.ops["dense"][k] for k in ("linear_macs", "dense_macs"))
 
 
 def test_what_stays_dense_is_named_and_the_report_is_json() -> None:
@@ -109,17 +105,13 @@ def test_counts_do_not_depend_on_batching() -> None:
     model = spiking()
     one, two = (spikeform.energy(model, IDS, batch_size=n) for n in (1, 2))
     for key in ("accumulate_weights", "accumulate_sums", "comparisons"):
-        assert one.ops["spiking"][key] == pytest.approx(
-            two.ops["spiking"][key], rel=1e-3
-        )  # fp rounding flips
+        assert one.ops["spiking"][key] == pytest.approx(two.ops["spiking"][key], rel=1e-3)  # fp rounding flips
     assert one.ops["dense"] == two.ops["dense"]
 
 
 def test_the_package_and_the_function_answer_one_call() -> None:
     model = spiking()
-    assert (
-        spikeform.energy(model, IDS).ops == spikeform.energy.energy(model, IDS).ops == energy(model, IDS).ops
-    )
+    assert spikeform.energy(model, IDS).ops == spikeform.energy.energy(model, IDS).ops == energy(model, IDS).ops
 
 
 def test_a_dense_model_is_an_error() -> None:

@@ -24,9 +24,7 @@ def test_quantised_multiplier_shrinks_with_its_operands() -> None:
 
 
 def test_overriding() -> None:
-    mine = CostModel(
-        "mine", multiply=1, add=1, significand=8, weight_bytes=1, activation_bytes=1, compare=0.5
-    )
+    mine = CostModel("mine", multiply=1, add=1, significand=8, weight_bytes=1, activation_bytes=1, compare=0.5)
     assert resolve(["45nm-int8", mine]) == [INT8, mine]
     assert resolve({"any": mine}) == [mine]
     assert mine.comparison == 0.5

@@ -30,9 +30,7 @@ def test_estimates_follow_from_the_counts(toy_linear) -> None:
     assert lines["quantised"]["products"] == pytest.approx(tokens * 8 * 6 * (3.7 * 9 / 24 + 0.9))
     assert lines["quantised"]["quantise"] == pytest.approx(tokens * 8 * 3.7)
     head = tokens * 6 * 5 * 4.6
-    assert [lines[name]["left_dense"] for name in ("spiking", "dense", "quantised")] == pytest.approx(
-        [head] * 3
-    )
+    assert [lines[name]["left_dense"] for name in ("spiking", "dense", "quantised")] == pytest.approx([head] * 3)
     estimate = report.estimates["45nm-fp32"]
     assert estimate["ratio_vs_dense"] == pytest.approx(estimate["spiking"] / estimate["dense"])
     assert estimate["spiking"] == pytest.approx(sum(lines["spiking"].values()))

@@ -83,9 +83,7 @@ def test_expected_log_ratio_on_own_samples_is_kl(model):
     """The reason why sampled data may be measured on: there the log of the ratio estimates the divergence."""
     from spikeform.evaluation import sample_ids
 
-    result = fidelity(
-        perturbed(model, 0.05), model, sample_ids(model, 3200, window=64, batch_size=50), window=64
-    )
+    result = fidelity(perturbed(model, 0.05), model, sample_ids(model, 3200, window=64, batch_size=50), window=64)
     log_ratio, error = math.log(result.perplexity_ratio), result.ratio_stderr / result.perplexity_ratio
     assert abs(log_ratio - result.kl) < 4 * error
     assert log_ratio > 4 * error  # never better than the model that wrote the text
@@ -109,9 +107,7 @@ def test_max_tokens_takes_whole_windows_from_the_front(model, ids):
 
 def test_hooks_are_gone_afterwards(model, ids):
     def hooks():
-        return [
-            (len(m._forward_hooks), len(m._forward_pre_hooks)) for m in (*model.modules(), *twin.modules())
-        ]
+        return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in (*model.modules(), *twin.modules())]
 
     twin = copy.deepcopy(model)
     for m in (model, twin):

@@ -27,9 +27,7 @@ def test_perplexity_is_the_loop_written_by_hand(model, ids, window):
     assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
     assert result.tokens == count == (331 // window) * (window - 1)
     assert (result.windows, result.window) == (331 // window, window)
-    assert result.protocol.startswith(
-        f"gptq: non-overlapping windows of {window} tokens, {window - 1} predictions"
-    )
+    assert result.protocol.startswith(f"gptq: non-overlapping windows of {window} tokens, {window - 1} predictions")
     assert result.stderr > 0
 
 
@@ -44,10 +42,7 @@ def test_strided_windows_score_each_token_once(model, ids):
 
 def test_an_incomplete_last_window_is_dropped(model, ids):
     assert perplexity(model, ids[:329], window=32) == perplexity(model, ids[:320], window=32)
-    assert (
-        perplexity(model, ids[:321], window=32).nats
-        != perplexity(model, ids[1:321], window=32, stride=32).nats
-    )
+    assert perplexity(model, ids[:321], window=32).nats != perplexity(model, ids[1:321], window=32, stride=32).nats
 
 
 def test_the_first_token_of_a_window_is_context_only(model, ids):
@@ -60,9 +55,7 @@ def test_the_first_token_of_a_window_is_context_only(model, ids):
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_batch_size_and_shape_do_not_matter(model, ids, batch_size):
     expected = perplexity(model, ids[:320], window=32).nats
-    assert perplexity(model, ids[:320], window=32, batch_size=batch_size).nats == pytest.approx(
-        expected, rel=1e-6
-    )
+    assert perplexity(model, ids[:320], window=32, batch_size=batch_size).nats == pytest.approx(expected, rel=1e-6)
     assert perplexity(model, ids[:320].reshape(10, 32), window=32).nats == expected
 
 

@@ -105,9 +105,7 @@ def test_samples_follow_the_model(model):
     found = torch.bincount(first, minlength=257) / len(first)
     assert (found - p).abs().max() < 5 * (p.max() * (1 - p.max()) / len(first)).sqrt()
     own = perplexity(model, sample_ids(model, 1280, window=64), window=64)
-    foreign = perplexity(
-        model, torch.randint(0, 257, (1280,), generator=torch.Generator().manual_seed(0)), window=64
-    )
+    foreign = perplexity(model, torch.randint(0, 257, (1280,), generator=torch.Generator().manual_seed(0)), window=64)
     assert own.nats < foreign.nats - 1
 
 

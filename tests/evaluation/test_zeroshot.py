@@ -9,15 +9,11 @@ import torch
 from spikeform.evaluation import available_tasks, zeroshot
 from spikeform.evaluation.zeroshot import score, unpack
 
-needs_harness = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed"
-)
+needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 
 
 def test_known_tasks():
-    assert {"blimp", "piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "copa"} <= set(
-        available_tasks()
-    )
+    assert {"blimp", "piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "copa"} <= set(available_tasks())
 
 
 @needs_harness
@@ -68,9 +64,7 @@ def test_accuracies_are_those_counted_by_hand(model, tokenizer, tmp_path):
     import tarfile
 
     pairs = [(f"The cat {i} sees.", f"The cat {i} see.") for i in range(12)]
-    lines = "\n".join(
-        json.dumps({"sentence_good": good, "sentence_bad": bad}) for good, bad in pairs
-    ).encode()
+    lines = "\n".join(json.dumps({"sentence_good": good, "sentence_bad": bad}) for good, bad in pairs).encode()
     with tarfile.open(tmp_path / "blimp.tar.xz", "w:xz") as archive:
         for name in ("one", "two"):
             member = tarfile.TarInfo(f"blimp/{name}.jsonl")
@@ -78,16 +72,14 @@ def test_accuracies_are_those_counted_by_hand(model, tokenizer, tmp_path):
             archive.addfile(member, io.BytesIO(lines))
     (tmp_path / "zeroshot").mkdir()
     questions = [
-        {"query": f"Question: open {i}?\n", "choices": ["use a key", f"eat it {i}"], "gold": i % 2}
-        for i in range(12)
+        {"query": f"Question: open {i}?\n", "choices": ["use a key", f"eat it {i}"], "gold": i % 2} for i in range(12)
     ]
     (tmp_path / "zeroshot" / "piqa.jsonl").write_text("\n".join(map(json.dumps, questions)))
 
     tasks = zeroshot(model, tokenizer, ["blimp", "piqa"], tmp_path, batch_size=5)["tasks"]
 
     right = [
-        log_likelihood(model, tokenizer, "", good) > log_likelihood(model, tokenizer, "", bad)
-        for good, bad in pairs
+        log_likelihood(model, tokenizer, "", good) > log_likelihood(model, tokenizer, "", bad) for good, bad in pairs
     ]
     assert tasks["blimp"]["parts"] == {"one": sum(right) / 12, "two": sum(right) / 12}
     assert tasks["blimp"]["n"] == 24

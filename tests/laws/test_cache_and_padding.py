@@ -186,7 +186,5 @@ def test_a_mask_of_four_axes(wide, logits):
     model = wide("llama")
     length = IDS.shape[1]
     seen = torch.ones(length, length, dtype=torch.bool).tril()
-    additive = torch.zeros(3, 1, length, length, dtype=torch.float64).masked_fill(
-        ~seen, torch.finfo(torch.float64).min
-    )
+    additive = torch.zeros(3, 1, length, length, dtype=torch.float64).masked_fill(~seen, torch.finfo(torch.float64).min)
     close(logits(model, IDS, attention_mask=additive), logits(model, IDS))

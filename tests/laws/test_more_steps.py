@@ -70,16 +70,12 @@ def test_under_every_option(options, errors):
 
 def test_roundings_rank_as_they_must(errors):
     """Floor loses up to a unit where nearest loses half; strict is floor but on exact multiples."""
-    nearest, floor, strict = (
-        errors("llama", False, (8,), rounding=r)[0] for r in ("nearest", "floor", "strict")
-    )
+    nearest, floor, strict = (errors("llama", False, (8,), rounding=r)[0] for r in ("nearest", "floor", "strict"))
     assert nearest < floor
     assert strict == pytest.approx(floor, rel=0.5)
 
 
 def test_signed_digits_carry_the_codes_of_radix2(spiking, logits):
     """The same codes in fewer spikes: the same bits out."""
-    assert torch.equal(
-        logits(spiking("llama", steps=8)), logits(spiking("llama", steps=8, coding="signed_digit"))
-    )
+    assert torch.equal(logits(spiking("llama", steps=8)), logits(spiking("llama", steps=8, coding="signed_digit")))
     assert spikeform.LAS(steps=8).to_dict() != spikeform.LAS(steps=8, coding="signed_digit").to_dict()

@@ -223,9 +223,7 @@ def test_the_head_may_spike(dense):
     model = convert(copy.deepcopy(dense("gpt2")), lm_head=True, per_channel=True)
     assert isinstance(model.lm_head, SpikingLinear)
     assert model.lm_head.weight is model.transformer.wte.weight
-    assert (
-        model.lm_head.neuron.channel_shift is None
-    )  # nothing may be folded into a weight that the embedding shares
+    assert model.lm_head.neuron.channel_shift is None  # nothing may be folded into a weight that the embedding shares
 
 
 def test_skip_by_pattern(dense, logits):
@@ -245,9 +243,7 @@ def test_attention_left_dense_is_the_familys_own(dense, logits):
         ("bert", "*.attention.self"),
         ("opt", "*.self_attn"),
     ):
-        model = convert(
-            copy.deepcopy(dense(family)), skip=(pattern, "*.1.*", "*.h.1.*")[: 2 + (family == "gpt2")]
-        )
+        model = convert(copy.deepcopy(dense(family)), skip=(pattern, "*.1.*", "*.h.1.*")[: 2 + (family == "gpt2")])
         ids, mask = families.tokens(), torch.ones(2, 16, dtype=torch.long)
         mask[0, :4] = 0
         wanted = logits(dense(family), ids, attention_mask=mask)

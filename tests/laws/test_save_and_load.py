@@ -66,9 +66,7 @@ def test_the_same_bits_with_options(family, options, dense, logits, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_the_same_bits_with_learned_neurons(family, dense, logits, tmp_path):
     model = copy.deepcopy(dense(family))
-    spikeform.convert(
-        model, spikeform.LAS(steps=6, nonlinear="few_spike"), families.tokens(rows=4, length=12)
-    )
+    spikeform.convert(model, spikeform.LAS(steps=6, nonlinear="few_spike"), families.tokens(rows=4, length=12))
     loaded = reload(model, tmp_path)
     assert torch.equal(logits(loaded), logits(model))
     path = tmp_path / "model.safetensors"
@@ -231,9 +229,7 @@ def test_a_weight_as_a_dense_model_has_it(damage):
 
 def test_a_tensor_that_is_not_the_models(damage):
     """transformers would only warn of it; here it is refused: the file is another model's, or was changed."""
-    assert "model.layers.7.extra" in damage(
-        lambda tensors: tensors.update({"model.layers.7.extra": torch.ones(2)})
-    )
+    assert "model.layers.7.extra" in damage(lambda tensors: tensors.update({"model.layers.7.extra": torch.ones(2)}))
     assert "threshold" in damage(
         lambda tensors: tensors.update({"model.layers.0.mlp.act_fn.neuron.threshold": torch.ones(2)}),
         AutoModelForCausalLM,

@@ -80,9 +80,7 @@ def test_a_bad_value_is_named(name, value):
 GOOD = [
     LAS(),
     LAS(steps=1, coding="multi_threshold", levels=4, rounding="strict", outlier=False, threshold="quantile"),
-    LAS(
-        skip=("a*", "b"), thresholds={"query": (1.0, 2.5), "*.key": (0.5, 1)}, per_channel=True, lm_head=True
-    ),
+    LAS(skip=("a*", "b"), thresholds={"query": (1.0, 2.5), "*.key": (0.5, 1)}, per_channel=True, lm_head=True),
 ]
 
 

@@ -143,9 +143,7 @@ def test_a_density_moves_the_error_to_where_inputs_are_rare():
     even = fit_few_spike("exp", (-1.0, 1.0), 8)
     right = fit_few_spike("exp", (-1.0, 1.0), 8, density=rising)
     x = torch.linspace(0.5, 1.0, 2000)
-    errors = [
-        float((few_spike_response(x, f.theta, f.h, f.d) - x.exp()).square().mean()) for f in (even, right)
-    ]
+    errors = [float((few_spike_response(x, f.theta, f.h, f.d) - x.exp()).square().mean()) for f in (even, right)]
     assert errors[1] < errors[0]
 
 

@@ -46,9 +46,7 @@ def test_the_stated_bound(function, rounding, steps):
     if rounding == "floor":
         assert bool((value.abs() <= wanted.abs()).all())
     exact = FUNCTIONS[function](x.double())
-    assert bool(
-        ((value - exact).abs() <= neuron.error_bound * exact.abs() + 1e-6 * exact.abs() + 1e-6)[inside].all()
-    )
+    assert bool(((value - exact).abs() <= neuron.error_bound * exact.abs() + 1e-6 * exact.abs() + 1e-6)[inside].all())
 
 
 @given(st.sampled_from(sorted(FUNCTIONS)), st.integers(1, 16), st.floats(width=32, allow_nan=False))

@@ -108,9 +108,7 @@ def test_the_gate_of_oat(steps, rounding, seed):
     """An element below the normal threshold is coded by one sub-neuron, all others whole by the other."""
     normal, outlier = 1.0, 10.0
     generator = torch.Generator().manual_seed(seed)
-    x = torch.cat(
-        [torch.randn(80, generator=generator) * 4, torch.tensor([0.0, 1.0, -1.0, 0.999999, 10.0, -11.0])]
-    )
+    x = torch.cat([torch.randn(80, generator=generator) * 4, torch.tensor([0.0, 1.0, -1.0, 0.999999, 10.0, -11.0])])
     neuron = OAT(Radix2(steps), (normal, outlier), rounding)
     train = neuron(x)
     below = MT(Radix2(steps), (normal,), rounding)(x).decode()

@@ -324,9 +324,7 @@ def test_powers_of_two_keep_every_bit(family):
 def test_twin_of_the_trained_llama():
     model = AutoModelForCausalLM.from_pretrained(pretrained.path("llama")).eval()
     tokenizer = AutoTokenizer.from_pretrained(pretrained.path("llama"))
-    ids = tokenizer(
-        "It was a bright cold day, and nobody in the village had slept.", return_tensors="pt"
-    ).input_ids
+    ids = tokenizer("It was a bright cold day, and nobody in the village had slept.", return_tensors="pt").input_ids
     twin = check_twin(model, ids, channels=6)
     assert all(len(pair.factors) in (6, 12) for pair in twin.outlier_pairs)  # a value channel feeds two heads
     assert twin.get_output_embeddings().weight is twin.get_input_embeddings().weight
@@ -345,9 +343,7 @@ def test_twin_options():
 
 def test_twin_refuses():
     with pytest.raises(ValueError, match=r"no outlier twin for 'mamba'.*llama"):
-        outlier_twin(
-            AutoModelForCausalLM.from_config(hf.MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1))
-        )
+        outlier_twin(AutoModelForCausalLM.from_config(hf.MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1)))
     with pytest.raises(ValueError, match="no outlier twin for 'Linear'"):
         outlier_twin(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no pair of the kinds feed_forward"):

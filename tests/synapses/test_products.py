@@ -62,9 +62,7 @@ def test_integer_sums_are_exact_where_fp32_is_not(name):
     weight = torch.full((1, 3000), 127, dtype=torch.int8)
     weight[0, 0] = 126
     with spikeform.executor(name):
-        assert float(linear(t, weight)) == float(
-            torch.tensor(65535 * (127 * 3000 - 1), dtype=torch.float64).float()
-        )
+        assert float(linear(t, weight)) == float(torch.tensor(65535 * (127 * 3000 - 1), dtype=torch.float64).float())
 
 
 @pytest.mark.parametrize("name", EXECUTORS)

@@ -20,19 +20,11 @@ def check_configuration(folder: Path, manifest: Manifest | None) -> str:
         )
     method = method_name(content)
     if method is None or not isinstance(quantization, dict):
-        what = (
-            "a dense model" if quantization is None else f"quantized by other software ({quantization!r:.80})"
-        )
-        raise ForeignFolderError(
-            f"{folder} is not a converted checkpoint: it is {what}. Convert the dense model first"
-        )
+        what = "a dense model" if quantization is None else f"quantized by other software ({quantization!r:.80})"
+        raise ForeignFolderError(f"{folder} is not a converted checkpoint: it is {what}. Convert the dense model first")
     if manifest is not None and manifest.config != quantization:
-        keys = sorted(
-            k for k in {*manifest.config, *quantization} if manifest.config.get(k) != quantization.get(k)
-        )
-        raise DamagedCheckpointError(
-            f"{folder}: config.json and spikeform.json disagree on {', '.join(keys)}"
-        )
+        keys = sorted(k for k in {*manifest.config, *quantization} if manifest.config.get(k) != quantization.get(k))
+        raise DamagedCheckpointError(f"{folder}: config.json and spikeform.json disagree on {', '.join(keys)}")
     _parse_method(folder, method, quantization)
     return method
 

@@ -40,9 +40,7 @@ def load(path: str | Path, *, cheap: bool = False, **from_pretrained_kwargs: Any
         DamagedCheckpointError: a tensor is missing, not expected, or of the wrong shape.
     """
     if refused := sorted(_FIXED & from_pretrained_kwargs.keys()):
-        raise CheckpointError(
-            f"load() does not take {', '.join(refused)}: a checkpoint is loaded as it was saved"
-        )
+        raise CheckpointError(f"load() does not take {', '.join(refused)}: a checkpoint is loaded as it was saved")
     folder = Path(verify(path, hashes=not cheap, values=not cheap).path)
     model_class = _model_class(folder)
     try:
@@ -64,9 +62,7 @@ def load(path: str | Path, *, cheap: bool = False, **from_pretrained_kwargs: Any
         for key in sorted(info.get(name) or (), key=str)
     )
     if problems:
-        raise DamagedCheckpointError(
-            f"{folder} does not fit its own configuration:\n{lines(problems)}", problems
-        )
+        raise DamagedCheckpointError(f"{folder} does not fit its own configuration:\n{lines(problems)}", problems)
     return model
 
 
@@ -76,15 +72,11 @@ def _model_class(folder: Path) -> Any:
 
     names = read_json(folder / "config.json").get("architectures")
     if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
-        raise CheckpointError(
-            f"{folder}/config.json: `architectures` must name one model class, not {names!r}"
-        )
+        raise CheckpointError(f"{folder}/config.json: `architectures` must name one model class, not {names!r}")
     found = getattr(transformers, names[0], None)
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
     for suffix, auto in _AUTO_CLASSES.items():  # an architecture of ours, registered with the Auto classes
         if names[0].endswith(suffix):
             return getattr(transformers, auto)
-    raise CheckpointError(
-        f"{folder}: transformers has no model class {names[0]!r}; install the version that has it"
-    )
+    raise CheckpointError(f"{folder}: transformers has no model class {names[0]!r}; install the version that has it")

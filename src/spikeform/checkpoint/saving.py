@@ -42,9 +42,7 @@ def save(
         CheckpointError: the model is not converted, another process is saving to ``path``, or writing failed.
     """
     if method_name(model.config.to_dict()) is None:
-        raise CheckpointError(
-            "the model is not converted; save a dense model with model.save_pretrained(path)"
-        )
+        raise CheckpointError("the model is not converted; save a dense model with model.save_pretrained(path)")
     target = Path(path).resolve()
     assert_may_write(target, source=getattr(model.config, "_name_or_path", None))
     try:
@@ -57,9 +55,7 @@ def save(
             assert_may_write(target)  # once more: writing a large model takes minutes
     except SpikeformError:
         raise
-    except (
-        Exception
-    ) as error:  # the libraries below raise OSError, SafetensorError or a bare Exception on a full disk
+    except Exception as error:  # the libraries below raise OSError, SafetensorError or a bare Exception on a full disk
         raise CheckpointError(
             f"cannot save to {path}: {error or type(error).__name__}. What was there is untouched"
         ) from error
@@ -70,9 +66,7 @@ def _check(folder: Path) -> None:
     try:
         verify_folder(folder, hashes=False, values=True)  # the hashes were taken from these files just now
     except DamagedCheckpointError as error:
-        raise DamagedCheckpointError(
-            f"the model was not saved:\n{lines(error.problems)}", error.problems
-        ) from error
+        raise DamagedCheckpointError(f"the model was not saved:\n{lines(error.problems)}", error.problems) from error
 
 
 def assert_may_write(path: Path, source: str | None = None) -> None:
@@ -88,9 +82,7 @@ def assert_may_write(path: Path, source: str | None = None) -> None:
     if path.exists() and not path.is_dir():
         raise ForeignFolderError(f"cannot save to {path}: it is a file. Give the name of a folder")
     if source and Path(source).is_dir() and Path(source).resolve() == path:
-        raise ForeignFolderError(
-            f"cannot save to {path}: the model was loaded from there. Choose another folder"
-        )
+        raise ForeignFolderError(f"cannot save to {path}: the model was loaded from there. Choose another folder")
     if not path.exists() or not any(path.iterdir()):
         return
     manifest = read_manifest(path)

@@ -48,9 +48,7 @@ def scan_tensors(folder: Path, *, values: bool = True) -> TensorScan:
                     scan.problems.append(f"{name}: lies in {file}, where {INDEX} does not expect it")
         except (SafetensorError, OSError) as error:
             scan.problems.append(f"{file}: truncated or not a safetensors file ({error})")
-    scan.problems += [
-        f"{name}: missing from {file}" for name, file in index.items() if name not in scan.tensors
-    ]
+    scan.problems += [f"{name}: missing from {file}" for name, file in index.items() if name not in scan.tensors]
     return scan
 
 

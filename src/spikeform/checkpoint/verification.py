@@ -134,9 +134,7 @@ def _tensor_problems(manifest: Manifest, scan: TensorScan) -> list[str]:
 
 
 def _damaged(folder: Path, problems: tuple[str, ...]) -> DamagedCheckpointError:
-    return DamagedCheckpointError(
-        f"{folder} is damaged; fetch or save it again:\n{lines(problems)}", problems
-    )
+    return DamagedCheckpointError(f"{folder} is damaged; fetch or save it again:\n{lines(problems)}", problems)
 
 
 def lines(problems: tuple[str, ...], shown: int = 10) -> str:

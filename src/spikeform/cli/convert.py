@@ -26,9 +26,7 @@ def run(
     ] = None,
     calibration_tokens: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", help="Tokens to calibrate on: 16384 of the text, or 2048 sampled without one."
-        ),
+        typer.Option(metavar="N", help="Tokens to calibrate on: 16384 of the text, or 2048 sampled without one."),
     ] = None,
     config: Annotated[Path | None, typer.Option(metavar="RECIPE", help="YAML file of options.")] = None,
     set_: Set = None,
@@ -36,9 +34,7 @@ def run(
         Path | None,
         typer.Option(metavar="DIR", help="Keep finished calibration blocks there, and go on from them."),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the input, print the config, stop.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the input, print the config, stop.")] = False,
     seed: Annotated[int, typer.Option(help="Of the sampled calibration data.")] = 0,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     as_json: Json = False,

@@ -26,13 +26,9 @@ def run(
     model: Annotated[str, typer.Option(help="Embedded model (llama, gpt2, opt), or a folder.")] = "llama",
     steps: Annotated[str, typer.Option(metavar="T", help="Time steps, 1 to 16.")] = "16",
     set_: Set = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for what the demo makes.")] = Path(
-        "demo-out"
-    ),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for what the demo makes.")] = Path("demo-out"),
     text: Text = None,
-    prompt: Annotated[
-        str, typer.Option(help="What the two models go on from.")
-    ] = "The old man looked at the sea",
+    prompt: Annotated[str, typer.Option(help="What the two models go on from.")] = "The old man looked at the sea",
     seed: Annotated[int, typer.Option(help="Of the texts that are written.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -78,9 +74,7 @@ def run(
         output.say(f"counted on the first {counted.numel()} of these tokens, in windows of {WINDOW}")
         show_energy(output, energy)
         if config.steps > 8:
-            output.say(
-                "Fewer spikes cost less: try spikeform demo --steps 8 --set coding=signed_digit", "dim"
-            )
+            output.say("Fewer spikes cost less: try spikeform demo --steps 8 --set coding=signed_digit", "dim")
 
         out.mkdir(parents=True, exist_ok=True)
         with output.task("drawing spikes, saving"):
@@ -129,14 +123,10 @@ def _check_folder(out: Path) -> None:
         return
     for name in ("raster.png", "report.json"):
         if (out / name).exists():
-            raise ForeignFolderError(
-                f"cannot write to {out}: its {name} is not the demo's. Choose another --out"
-            )
+            raise ForeignFolderError(f"cannot write to {out}: its {name} is not the demo's. Choose another --out")
 
 
-def _texts(
-    output: Output, dense: Any, spiking: Any, tokenizer: Any, prompt: str, seed: int
-) -> dict[str, Any]:
+def _texts(output: Output, dense: Any, spiking: Any, tokenizer: Any, prompt: str, seed: int) -> dict[str, Any]:
     """Both models go on from the prompt with the same random numbers."""
     found = {}
     for label, network in (("dense", dense), ("spiking", spiking)):
@@ -150,9 +140,7 @@ def _texts(
     first = next((i for i in range(most) if a[i : i + 1] != b[i : i + 1]), most)
     same = sum(x == y for x, y in zip(a, b, strict=False))
     end = "" if first == most else f"; they part at token {first + 1}, and from there each goes its own way"
-    output.say(
-        f"{same} of {most} tokens are the same (temperature {TEMPERATURE}, top {TOP_K}, one seed){end}"
-    )
+    output.say(f"{same} of {most} tokens are the same (temperature {TEMPERATURE}, top {TOP_K}, one seed){end}")
     return words | {"prompt": prompt, "seed": seed, "tokens": most, "same": same, "first_difference": first}
 
 

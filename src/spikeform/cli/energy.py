@@ -25,9 +25,7 @@ def run(
     reference: Reference = None,
     text: Text = None,
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to run.")] = 1024,
-    window: Annotated[
-        int, typer.Option(help="Tokens in a window, read at once from an empty context.")
-    ] = 256,
+    window: Annotated[int, typer.Option(help="Tokens in a window, read at once from an empty context.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the sampled data.")] = 1,
     as_json: Json = False,
 ) -> None:

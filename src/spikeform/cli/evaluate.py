@@ -59,9 +59,7 @@ def run(
         if reference is None and not text and not tasks:
             raise SpikeformError("nothing to measure: give --reference MODEL, --text FILE or --tasks NAMES")
         if reference is None and (max_ratio is not None or min_agreement is not None):
-            raise SpikeformError(
-                "--max-ratio and --min-agreement compare with the dense model: give --reference"
-            )
+            raise SpikeformError("--max-ratio and --min-agreement compare with the dense model: give --reference")
         with output.task(f"loading {out}"):
             model = load_spiking(out)
             dense = load_dense(reference, revision) if reference else None
@@ -164,9 +162,7 @@ def _zeroshot(
         found = {label: result["tasks"][name] for label, result in results.items()}
         row: dict[str, Any] = {"task": name} | {label: f"{task['acc']:.4f}" for label, task in found.items()}
         error = found["spiking"]["acc_stderr"]
-        rows.append(
-            row | {"±": "" if error is None else f"{error:.4f}", "chance": found["spiking"]["chance"]}
-        )
+        rows.append(row | {"±": "" if error is None else f"{error:.4f}", "chance": found["spiking"]["chance"]})
         rows[-1]["questions"] = found["spiking"]["n"]
     output.table(rows, title="zero-shot accuracy")
     output.say(results["spiking"]["protocol"], "dim")

@@ -33,9 +33,7 @@ def run(out: Checkpoint, as_json: Json = False) -> None:
             "calibration": record.get("calibration"),
             "config": config,
         }
-        output.table(
-            [{"": key, "value": _flat(value)} for key, value in about.items() if value], title=str(out)
-        )
+        output.table([{"": key, "value": _flat(value)} for key, value in about.items() if value], title=str(out))
         output.say()
         output.table(spiking, COLUMNS, title=f"{len(spiking)} neuron populations")
         output.say()

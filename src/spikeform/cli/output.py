@@ -11,9 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else there.")
-]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else there.")]
 Progress = Callable[[int, int], None]
 WIDTH = 100
 
@@ -64,9 +62,7 @@ class Output:
         self.say()
         self.say(text, "bold cyan")
 
-    def table(
-        self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, title: str = ""
-    ) -> None:
+    def table(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, title: str = "") -> None:
         """Print rows as :func:`spikeform.report.show` does."""
         if not self.as_json:
             from spikeform.report import show
@@ -127,6 +123,4 @@ def _wrapped(text: str) -> str:
     """Lines of at most WIDTH characters, the continued ones as far in as the first; words stay whole."""
     options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
     indents = ((line, " " * (len(line) - len(line.lstrip()))) for line in text.split("\n"))
-    return "\n".join(
-        textwrap.fill(line, WIDTH, subsequent_indent=indent, **options) for line, indent in indents
-    )
+    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent=indent, **options) for line, indent in indents)

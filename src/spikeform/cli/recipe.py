@@ -14,9 +14,7 @@ from spikeform.errors import ConfigError
 Steps = Annotated[str | None, typer.Option(metavar="T", help="Time steps, 1 to 16.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Set an option of the method; the value is YAML. Repeatable."
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the method; the value is YAML. Repeatable."),
 ]
 
 
@@ -44,9 +42,7 @@ def read_config(
     data = _read(recipe) if recipe is not None else {}
     named = str(data.pop("quant_method", data.pop("method", None)) or "").removeprefix("spikeform_")
     if method and named and method != named:
-        raise ConfigError(
-            f"{recipe} is a recipe for {named}, not for {method}: leave --method out or change it"
-        )
+        raise ConfigError(f"{recipe} is a recipe for {named}, not for {method}: leave --method out or change it")
     if steps is not None:
         data["steps"] = _value(steps)
     for setting in settings:

@@ -30,9 +30,7 @@ def run(out: Checkpoint, as_json: Json = False) -> None:
         )
         output.say(f"checked: {checked}every tensor's name, shape and values, and the configuration")
         if not report.manifest:
-            output.say(
-                "no spikeform.json here: a lost or altered file cannot be noticed (see spikeform.save)"
-            )
+            output.say("no spikeform.json here: a lost or altered file cannot be noticed (see spikeform.save)")
         if report.unlisted:
             output.say(f"not part of the checkpoint: {', '.join(report.unlisted)}")
         output.document({"ok": True, **report.to_dict()})

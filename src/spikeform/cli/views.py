@@ -43,9 +43,7 @@ def show_energy(output: Output, report: EnergyReport) -> None:
         ]
     )
     pairs = ", ".join(f"{value:.2f} ({name})" for name, value in dense_break_even.items())
-    output.say(
-        f"Additions alone break even with the dense network below {pairs} a multiply-accumulate.", "dim"
-    )
+    output.say(f"Additions alone break even with the dense network below {pairs} a multiply-accumulate.", "dim")
     output.say()
     output.table([_energy_row(row) for row in report.summary()], _ENERGY_COLUMNS)
     output.say(

@@ -1,7 +1,8 @@
 """Conversion: the walk over a model, calibration, the report, and the Hugging Face quantizer."""
 
 from spikeform.conversion.convert import convert, is_converted
-from spikeform.conversion.registry import Method, config_from_dict, method_of, register
+from spikeform.conversion.quantizer import register
+from spikeform.conversion.registry import Method, config_from_dict, method_of
 from spikeform.conversion.report import ConversionReport, Row
 
 __all__ = [

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
+from spikeform.conversion.registry import Method, add, method_of
+from spikeform.conversion.report import ConversionReport
+from spikeform.conversion.transform import transform
 from spikeform.errors import DamagedCheckpointError
 from spikeform.layers import SpikingLinear
 from spikeform.neurons import MT, Neuron
@@ -30,8 +33,6 @@ class SpikeformQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         if self.pre_quantized:
-            from spikeform.conversion.registry import method_of
-
             # Buffers of the skeleton are real, not meta: one absent from the files stays NaN and is found below.
             with torch.device("cpu"):
                 self._report = method_of(self.quantization_config).prepare(model, self.quantization_config)
@@ -46,11 +47,10 @@ class SpikeformQuantizer(HfQuantizer):
         return parameter == "weight" and isinstance(model.get_submodule(module_name), SpikingLinear)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        from spikeform.conversion.convert import attach, convert
-
         if not self.pre_quantized:
             vars(model.config).pop("quantization_config", None)
-            return convert(model, self.quantization_config)
+            attach(model, self.quantization_config, transform(model, self.quantization_config))
+            return model
         _refuse([p for name, module in model.named_modules() for p in _settle(name, module, model)])
         attach(model, self.quantization_config, self._report)
         return model
@@ -77,12 +77,28 @@ class SpikeformQuantizer(HfQuantizer):
         return False
 
 
+def attach(model: PreTrainedModel, config: Any, report: ConversionReport) -> None:
+    """Give a converted model what transformers needs to save it, and what users ask it."""
+    model.config.quantization_config = config
+    marks: Any = model
+    marks.spikeform_report = report
+    marks.hf_quantizer = SpikeformQuantizer(config, pre_quantized=True)
+    marks.is_quantized = True
+    marks.quantization_method = config.quant_method
+
+
+def register(method: Method) -> None:
+    """Make a method known to :func:`spikeform.convert` and to transformers' ``from_pretrained``."""
+    add(method)
+    name = f"spikeform_{method.name}"
+    register_quantization_config(name)(method.config_type)
+    register_quantizer(name)(SpikeformQuantizer)
+
+
 def _refuse(problems: list[str]) -> None:
     if problems:
         listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise DamagedCheckpointError(
-            f"the spiking checkpoint is incomplete or damaged: {listed}", tuple(problems)
-        )
+        raise DamagedCheckpointError(f"the spiking checkpoint is incomplete or damaged: {listed}", tuple(problems))
 
 
 def _wrong_tensors(model: PreTrainedModel, files: list[str]) -> list[str]:

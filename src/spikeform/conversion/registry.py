@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.quantizers import register_quantization_config, register_quantizer
 
 from spikeform.conversion.histogram import Histogram
 from spikeform.conversion.report import ConversionReport
@@ -38,17 +37,15 @@ class Method:
 _METHODS: dict[type, Method] = {}
 
 
-def register(method: Method) -> None:
-    """Make a method known to :func:`spikeform.convert` and to transformers' ``from_pretrained``."""
-    from spikeform.conversion.quantizer import SpikeformQuantizer
+def add(method: Method) -> None:
+    """Make a method known.
 
+    Raises:
+        ValueError: Its config type is taken.
+    """
     if method.config_type in _METHODS:
         raise ValueError(f"method {method.name!r} is registered already")
     _METHODS[method.config_type] = method
-    register_quantization_config(f"spikeform_{method.name}")(method.config_type)
-    register_quantizer(f"spikeform_{method.name}")(
-        type(f"{method.config_type.__name__}Quantizer", (SpikeformQuantizer,), {"__doc__": SpikeformQuantizer.__doc__})
-    )
 
 
 def method_of(config: Any) -> Method:

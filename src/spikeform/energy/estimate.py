@@ -10,9 +10,7 @@ from __future__ import annotations
 from spikeform.energy.count import Counter
 from spikeform.energy.models import CostModel
 
-POTENTIAL_BYTES = (
-    4  # a membrane potential, written once and read once a window; between steps it is in a register
-)
+POTENTIAL_BYTES = 4  # a membrane potential, written once and read once a window; between steps it is in a register
 
 Lines = dict[str, float]
 
@@ -30,9 +28,7 @@ def compute(counter: Counter, model: CostModel) -> dict[str, Lines]:
     for tally in counter.products.values():
         add = 0.0 if tally.kind == "hadamard" else model.add  # a lone product accumulates nothing
         products += tally.macs * (model.multiply + add)
-        quantised += tally.macs * (
-            model.quantised_multiply(*(operand.bits for operand in tally.operands)) + add
-        )
+        quantised += tally.macs * (model.quantised_multiply(*(operand.bits for operand in tally.operands)) + add)
     return {
         "spiking": {
             "accumulate_weights": spiking["accumulate_weights"] * model.ac,
@@ -73,9 +69,7 @@ def operations(counter: Counter) -> dict[str, dict[str, int]]:
             **real,
         },
         "dense": macs | real,
-        "quantised": macs
-        | {"quantise": sum(t.sent.elements for t in firings if t.function == "identity")}
-        | real,
+        "quantised": macs | {"quantise": sum(t.sent.elements for t in firings if t.function == "identity")} | real,
     }
 
 

@@ -64,13 +64,9 @@ class CostModel:
             "dram_per_byte",
         ):
             if figures[key] is not None and not figures[key] >= 0:
-                raise SpikeformError(
-                    f"cost model {self.name!r}: {key} must be 0 or more, got {figures[key]!r}"
-                )
+                raise SpikeformError(f"cost model {self.name!r}: {key} must be 0 or more, got {figures[key]!r}")
         if self.significand < 1:
-            raise SpikeformError(
-                f"cost model {self.name!r}: significand must be 1 or more, got {self.significand!r}"
-            )
+            raise SpikeformError(f"cost model {self.name!r}: significand must be 1 or more, got {self.significand!r}")
 
     @property
     def mac(self) -> float:

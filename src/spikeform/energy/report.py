@@ -121,13 +121,9 @@ def energy(
     if dense is not None:
         _compare(counter, dense, ids, batch_size, window)
     firings = [tally.sent for tally in counter.firings.values()]
-    if (
-        not firings
-    ):  # trains that no neuron announced (hand-made, or from a cache): the operands are all there is
+    if not firings:  # trains that no neuron announced (hand-made, or from a cache): the operands are all there is
         firings = [operand for tally in counter.products.values() for operand in tally.operands]
-    spikes, elements, slots = (
-        sum(getattr(p, key) for p in firings) for key in ("spikes", "elements", "slots")
-    )
+    spikes, elements, slots = (sum(getattr(p, key) for p in firings) for key in ("spikes", "elements", "slots"))
     macs = sum(tally.macs for tally in counter.products.values())
     accumulations = sum(t.accumulations + t.level_additions for t in counter.products.values())
     return EnergyReport(
@@ -163,9 +159,7 @@ def _check(model: nn.Module, ids: Tensor, batch_size: int, window: int | None) -
     length = min(ids.shape[1], window or ids.shape[1])
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(context, int) and length > context:
-        raise SpikeformError(
-            f"rows of {length} tokens exceed the model's context of {context}; give window={context}"
-        )
+        raise SpikeformError(f"rows of {length} tokens exceed the model's context of {context}; give window={context}")
 
 
 @torch.no_grad()
@@ -266,9 +260,7 @@ def _left_out(model: nn.Module, counter: Counter) -> list[str]:
     rows = getattr(getattr(model, "spikeform_report", None), "rows", [])
     counted = {name for name, tally in counter.dense.items() if tally.macs}
     left = Histogram(
-        row.kind
-        for row in rows
-        if row.replaced_by is None and row.kind != "embedding" and row.name not in counted
+        row.kind for row in rows if row.replaced_by is None and row.kind != "embedding" and row.name not in counted
     )
     return [f"left dense and not counted: {number} x {kind}" for kind, number in sorted(left.items())]
 
@@ -278,9 +270,7 @@ def _protocol(
 ) -> dict[str, Any]:
     config = getattr(model, "config", None)
     method = getattr(config, "quantization_config", None)
-    parameters = {
-        str(p.dtype).removeprefix("torch.") for p in (model if dense is None else dense).parameters()
-    }
+    parameters = {str(p.dtype).removeprefix("torch.") for p in (model if dense is None else dense).parameters()}
     return {
         "model": getattr(config, "name_or_path", "") or type(model).__name__,
         "method": method.to_dict() if hasattr(method, "to_dict") else method,

@@ -65,8 +65,7 @@ def classification_agreement(
         for batch in batches:
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
             a_BC, b_BC = (
-                m(**{k: v.to(device_of(m)) for k, v in inputs.items()}).logits.cpu().double()
-                for m in (dense, spiking)
+                m(**{k: v.to(device_of(m)) for k, v in inputs.items()}).logits.cpu().double() for m in (dense, spiking)
             )
             if a_BC.dim() != 2 or a_BC.shape != b_BC.shape:
                 raise ValueError(
@@ -85,9 +84,7 @@ def classification_agreement(
     if not examples:
         raise ValueError("batches is empty: there is nothing to compare")
     if labelled not in (0, examples):
-        raise ValueError(
-            f"{labelled} of {examples} examples have labels: give labels to all batches, or to none"
-        )
+        raise ValueError(f"{labelled} of {examples} examples have labels: give labels to all batches, or to none")
     return ClassificationAgreement(
         agreement=agreed / examples,
         kl=kl / examples,

@@ -153,9 +153,7 @@ def compare(dense_NV: Tensor, spiking_NV: Tensor, ids_N: Tensor) -> Tensor:
     """
     total = torch.zeros(4, dtype=torch.float64, device=spiking_NV.device)
     rows = max(1, 2**20 // dense_NV.shape[-1])
-    for dense, spiking, ids in zip(
-        dense_NV.split(rows), spiking_NV.split(rows), ids_N.split(rows), strict=True
-    ):
+    for dense, spiking, ids in zip(dense_NV.split(rows), spiking_NV.split(rows), ids_N.split(rows), strict=True):
         log_p, log_q = dense.double().log_softmax(-1), spiking.double().log_softmax(-1)
         total[0] -= log_q.gather(1, ids[:, None]).sum()
         total[1] -= log_p.gather(1, ids[:, None]).sum()

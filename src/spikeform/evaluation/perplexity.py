@@ -123,8 +123,7 @@ def cut_windows(ids: Tensor, window: int, stride: int, *models: nn.Module) -> Te
         raise ValueError("ids is empty: there is no text to measure on")
     if stream_N.numel() < window:
         raise ValueError(
-            f"ids has {stream_N.numel()} tokens, fewer than one window of {window}: "
-            "pass more text or a smaller window"
+            f"ids has {stream_N.numel()} tokens, fewer than one window of {window}: pass more text or a smaller window"
         )
     vocabulary = min((v for v in map(vocabulary_of, models) if v), default=None)
     low, high = int(stream_N.min()), int(stream_N.max())
@@ -147,8 +146,7 @@ def check_context(model: nn.Module, window: int) -> None:
     context = context_of(model)
     if context is not None and window > context:
         raise ValueError(
-            f"window {window} is longer than the model's context of {context} tokens: "
-            f"pass window={context} or less"
+            f"window {window} is longer than the model's context of {context} tokens: pass window={context} or less"
         )
 
 

@@ -65,9 +65,7 @@ def load_text(path: str | Path) -> list[str]:
     packing = suffixes.pop() if suffixes and suffixes[-1] in (".xz", ".gz") else ""
     kind = suffixes[-1] if suffixes else ""
     if kind not in (*PLAIN, ".json", ".jsonl") and not packing:
-        raise ValueError(
-            f"{path}: unknown kind of text {kind!r}: use .txt, .json or .jsonl, also as .xz or .gz"
-        )
+        raise ValueError(f"{path}: unknown kind of text {kind!r}: use .txt, .json or .jsonl, also as .xz or .gz")
     data = path.read_bytes()
     try:
         if packing:
@@ -91,9 +89,7 @@ def from_json(text: str, path: Path) -> list[str]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(documents, list) or not all(isinstance(document, str) for document in documents):
-        raise ValueError(
-            f"{path} is not a list of strings: a .json text file is one list with a string per document"
-        )
+        raise ValueError(f"{path} is not a list of strings: a .json text file is one list with a string per document")
     return documents
 
 
@@ -108,9 +104,7 @@ def from_jsonl(text: str, path: Path) -> list[str]:
         except (json.JSONDecodeError, KeyError, TypeError):
             documents.append(None)
         if not isinstance(documents[-1], str):
-            raise ValueError(
-                f'{path}, line {number}: each line of a .jsonl must be an object with a string "text"'
-            )
+            raise ValueError(f'{path}, line {number}: each line of a .jsonl must be an object with a string "text"')
     return documents
 
 
@@ -164,9 +158,7 @@ def sample_ids(
     check_batch_size(batch_size)
     window = min(512, context_of(model) or 512) if window is None else window
     if tokens < 1 or window < 2:
-        raise ValueError(
-            f"tokens={tokens}, window={window}: sample at least 1 token, in windows of at least 2"
-        )
+        raise ValueError(f"tokens={tokens}, window={window}: sample at least 1 token, in windows of at least 2")
     check_context(model, window)
     bos = getattr(text_config(model), "bos_token_id", None)
     if bos is None:

@@ -71,9 +71,7 @@ def zeroshot(
         fault = f"unknown task {unknown[0]!r}" if unknown else "no task given"
         raise ValueError(f"{fault}: choose from {', '.join(known)}")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(
-            f"limit is {limit!r}: it must be a whole number of questions of at least 1, or None for all"
-        )
+        raise ValueError(f"limit is {limit!r}: it must be a whole number of questions of at least 1, or None for all")
     check_batch_size(batch_size)
     if find_spec("lm_eval") is None:
         raise ImportError("zero-shot tasks need lm-evaluation-harness: pip install spikeform[eval]")
@@ -185,9 +183,7 @@ def score(task: str, parts: dict[str, str], raw: dict[str, Any]) -> dict[str, An
             out[metric] = math.fsum(r[f"{metric},none"] for r in results) / len(results)
             errors = [r[f"{metric}_stderr,none"] for r in results]
             known = all(isinstance(e, float) for e in errors)
-            out[f"{metric}_stderr"] = (
-                math.sqrt(math.fsum(e * e for e in errors)) / len(errors) if known else None
-            )
+            out[f"{metric}_stderr"] = math.sqrt(math.fsum(e * e for e in errors)) / len(errors) if known else None
     out["chance"] = metadata_of(task)["chance"]
     out["n"] = sum(raw["n-samples"][name]["effective"] for name in parts)
     if any(parts.values()):

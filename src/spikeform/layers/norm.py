@@ -61,4 +61,3 @@ class SpikingNorm(nn.Module):
     def extra_repr(self) -> str:
         """Kind and eps."""
         return f"{'LayerNorm' if self.centred else 'RMSNorm'}, eps={self.eps}"
-

@@ -103,16 +103,9 @@ class FewSpikeHG(Neuron):
     h: Tensor
     d: Tensor
 
-    def __init__(
-        self, function: str, gates: Tensor, theta: Tensor, h: Tensor, d: Tensor, site: str = ""
-    ) -> None:
+    def __init__(self, function: str, gates: Tensor, theta: Tensor, h: Tensor, d: Tensor, site: str = "") -> None:
         super().__init__(site)
-        if (
-            theta.ndim != 2
-            or theta.shape != h.shape
-            or theta.shape != d.shape
-            or gates.shape != (len(theta) + 1,)
-        ):
+        if theta.ndim != 2 or theta.shape != h.shape or theta.shape != d.shape or gates.shape != (len(theta) + 1,):
             raise ValueError(
                 "a few-spike bank needs gates [R + 1] and theta, h, d [R, T], got "
                 f"{', '.join(str(tuple(p.shape)) for p in (gates, theta, h, d))}"

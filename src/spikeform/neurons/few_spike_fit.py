@@ -182,9 +182,7 @@ def _resolve(function: str | Function) -> tuple[str, Function]:
     return function, FUNCTIONS[function]
 
 
-def _measure(
-    name: str, f: Function, interval: tuple[float, float], theta: Tensor, h: Tensor, d: Tensor
-) -> FewSpikeFit:
+def _measure(name: str, f: Function, interval: tuple[float, float], theta: Tensor, h: Tensor, d: Tensor) -> FewSpikeFit:
     left, right = interval
     x = torch.linspace(left, right, TEST_POINTS + 1, dtype=torch.float64).float()
     error = (few_spike_response(x, theta, h, d).double() - f(x.double())).abs()
@@ -241,9 +239,7 @@ def _starts(steps: int) -> list[tuple[list[float], list[float]]]:
     return starts
 
 
-def _best_start(
-    u_RN: Tensor, y_RN: Tensor, weight_RN: Tensor, flat_R1: Tensor, steps: int
-) -> tuple[Tensor, Tensor]:
+def _best_start(u_RN: Tensor, y_RN: Tensor, weight_RN: Tensor, flat_R1: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """The start of least error; where f is flat, a first step that always spikes and others that never do."""
     best = None
     for theta, h in _starts(steps):

@@ -102,9 +102,7 @@ def outlier_twin(
         raise ValueError(f"no outlier twin for {family!r}: supported are {', '.join(sorted(_FAMILIES))}")
     offset = 1.0 if family.startswith("gemma") else 0.0
     if offset and "norm" in kinds and next(model.parameters()).dtype != torch.float32:
-        raise ValueError(
-            "Gemma's norms multiply by 1 + weight, which rescales in float32 only: use model.float()"
-        )
+        raise ValueError("Gemma's norms multiply by 1 + weight, which rescales in float32 only: use model.float()")
 
     twin: Part = copy.deepcopy(model)
     module_names = {module: name for name, module in twin.named_modules()}

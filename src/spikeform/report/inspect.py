@@ -32,9 +32,7 @@ def inspect(model: nn.Module) -> list[dict[str, Any]]:
     report = getattr(model, "spikeform_report", None)
     for row in getattr(report, "rows", []):
         if row.replaced_by is None:
-            rows.append(
-                {"site": row.name, "layer": _class(modules.get(row.name)) or row.kind, "neuron": None}
-            )
+            rows.append({"site": row.name, "layer": _class(modules.get(row.name)) or row.kind, "neuron": None})
             rows[-1]["reason"] = row.reason
     return rows
 

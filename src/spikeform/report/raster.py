@@ -94,9 +94,7 @@ def raster(
         raise SpikeformError("ids must be a non-empty integer tensor [N, L] of token ids")
     for label, value, most in (("elements", elements, MOST_ELEMENTS), ("tokens", tokens, MOST_TOKENS)):
         if not 1 <= value <= most:
-            raise SpikeformError(
-                f"{label} must be from 1 to {most}, got {value}: a spike needs its own pixel"
-            )
+            raise SpikeformError(f"{label} must be from 1 to {most}, got {value}: a spike needs its own pixel")
     path = Path(path)
     if not path.absolute().parent.is_dir():
         raise SpikeformError(f"no folder {path.absolute().parent} to write the raster plot to")
@@ -106,9 +104,7 @@ def raster(
     _draw(shown, name, path, spikes_TLC.shape[-1], labels)
     positive, negative = int((shown > 0).sum()), int((shown < 0).sum())
     window, length, drawn = shown.shape
-    return Raster(
-        str(path), name, positive + negative, positive, negative, length, window, drawn, spikes_TLC.shape[-1]
-    )
+    return Raster(str(path), name, positive + negative, positive, negative, length, window, drawn, spikes_TLC.shape[-1])
 
 
 @torch.no_grad()
@@ -165,9 +161,7 @@ def _draw(spikes_TLC: Tensor, site: str, path: Path, channels: int, labels: Sequ
     window, length, drawn = spikes_TLC.shape
     time_CX = spikes_TLC.permute(2, 1, 0).reshape(drawn, length * window)
     columns = length * window
-    figure = Figure(
-        figsize=(min(max(columns * 0.045, 7), 20), min(max(drawn * 0.07 + 1.9, 3.2), 12)), dpi=130
-    )
+    figure = Figure(figsize=(min(max(columns * 0.045, 7), 20), min(max(drawn * 0.07 + 1.9, 3.2), 12)), dpi=130)
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 1, height_ratios=[max(drawn * 0.07, 1.5), 0.6], hspace=0.06)
     spikes, rate = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])

@@ -64,14 +64,10 @@ def lines(rows: Rows, columns: Sequence[str] | None = None) -> list[str]:
 
 def _numeric(rows: Rows, name: str) -> bool:
     values = [row[name] for row in rows if row.get(name) is not None]
-    return bool(values) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) for value in values
-    )
+    return bool(values) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
-def show(
-    rows: Rows, columns: Sequence[str] | None = None, title: str = "", file: TextIO | None = None
-) -> None:
+def show(rows: Rows, columns: Sequence[str] | None = None, title: str = "", file: TextIO | None = None) -> None:
     """Print rows as a table.
 
     Args:

@@ -1,6 +1,6 @@
 """LAS (arXiv 2505.09659): lossless conversion with outlier-aware and hierarchically gated neurons."""
 
-from spikeform.conversion.registry import Method, register
+from spikeform.conversion import Method, register
 from spikeform.methods.las.config import LAS
 from spikeform.methods.las.convert import prepare
 from spikeform.methods.las.thresholds import fit, given

@@ -1,0 +1,75 @@
+"""The work of a conversion: replace modules, find thresholds, fold."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from spikeform.conversion.calibrate import Progress, calibrate
+from spikeform.conversion.data import windows
+from spikeform.conversion.registry import method_of
+from spikeform.conversion.report import ConversionReport
+from spikeform.errors import ConversionError
+from spikeform.layers import SpikingLinear
+from spikeform.neurons import MT
+
+
+def transform(
+    model: PreTrainedModel,
+    config: Any,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    workdir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Make a dense ``model`` spike, in place. Arguments and errors as of :func:`spikeform.convert`."""
+    method = method_of(config)
+    batches, described = [], {}
+    if calibration is not None or not _all_given(model, config):
+        batches, described = windows(model, calibration, tokenizer)
+    report = method.prepare(model, config)
+    if not any(row.kind == "linear" for row in report.replaced):
+        raise ConversionError(
+            f"nothing in {type(model).__name__} could be converted: no linear layer of a known type is left "
+            "(see skip); the model is unchanged in function but should be loaded anew"
+        )
+    neurons = [n for n in model.modules() if isinstance(n, MT)]
+    open_sites = [n for n in neurons if not method.given(n, config)]
+    if open_sites:
+        report.saturation = calibrate(
+            model,
+            batches,
+            lambda n, h: method.fit(n, h, config),
+            _per_channel,
+            workdir,
+            config.to_dict(),
+            progress,
+        )
+        report.calibration = described
+    else:
+        report.calibration = {"source": "thresholds given in the config"}
+    for module in model.modules():
+        if isinstance(module, SpikingLinear):
+            module.fold()
+        if isinstance(module, MT):
+            module.channel_weight, module.balance_channels = None, False
+    return report
+
+
+def _all_given(model: PreTrainedModel, config: Any) -> bool:
+    """Whether the config gives every threshold, so that nothing has to be sampled."""
+    if not getattr(config, "thresholds", None):
+        return False
+    shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    trial = copy.deepcopy(model, shared)  # the modules, not the tensors
+    method = method_of(config)
+    method.prepare(trial, config)
+    return all(method.given(n, config) for n in trial.modules() if isinstance(n, MT))
+
+
+def _per_channel(neuron: MT) -> bool:
+    return neuron.channel_shift is not None or neuron.channel_weight is not None or neuron.balance_channels
