@@ -48,7 +48,7 @@ class Result:
     @property
     def model(self) -> str:
         """Name of the model, a twin's with its suffix."""
-        return self.data["model"]
+        return self.data["model"].removeprefix("pretrained:")
 
     def row(self, option: tuple, steps: int) -> dict | None:
         """A measured row, or None."""
@@ -199,7 +199,7 @@ def remarks(results: list[Result]) -> list[str]:
             f"perplexity ratio of {best:.4f} ({result.model}, {OPTIONS[option]}, T={t}, {name}: {value:.2f}). The more "
             "faithful ones all cost more than the quantised network."
         )
-    for part in (_floor, _twin, _levels, _signed):
+    for part in (_floor, _turns, _twin, _levels, _signed):
         for result in results:
             lines += part(result)
     return [*lines, ""]
@@ -225,6 +225,18 @@ def _floor(result: Result) -> list[str]:
         f"- **{result.model}: a ratio below 1 is no gain**: {', '.join(low)}. {end}: a biased error happens to suit "
         "this text. The aim is to equal the dense model."
     ]
+
+
+def _turns(result: Result) -> list[str]:
+    """Where one step more made it worse."""
+    found = []
+    for option, curve in result.rows.items():
+        for t in sorted(curve):
+            before = curve.get(t - 1)
+            if before is not None and curve[t]["kl"] > before["kl"]:
+                change = f"{before['kl']:.2g} to {curve[t]['kl']:.2g}"
+                found.append(f"{OPTIONS[option]}, T={t - 1} to {t}: KL {change}")
+    return [f"- {result.model}: one step more is worse at {'; '.join(found)}."] if found else []
 
 
 def _twin(result: Result) -> list[str]:

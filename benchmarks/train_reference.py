@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--score-penalty",
         type=float,
-        help="times the mean square attention score; default: 0 for llama, 1e-4 for the others",
+        help="times the mean square attention score, sum over layers; default: 0 for llama, 1e-4 for the others",
     )
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--dropout", type=float, default=0.0, help="on what blocks write to the residual stream")
@@ -165,7 +165,7 @@ def hardware(device: str) -> dict:
 
 
 def make_functions(model: torch.nn.Module, device: str) -> tuple[Callable, Callable]:
-    """Returns the training's forward pass, ids -> logits, and batch -> (loss, score size over all layers)."""
+    """Returns the training's forward pass, ids -> logits, and batch -> (loss, score size summed over layers)."""
     score_sizes = reference.use_plain_causal_attention(model)
 
     def logits_of(ids: torch.Tensor) -> torch.Tensor:

@@ -124,7 +124,7 @@ def test_batches_do_not_matter(family, monkeypatch):
     spikeform.convert(together, config, CALIBRATION)
     first, _ = windows(apart, CALIBRATION[:3], None)
     second, _ = windows(apart, CALIBRATION[3:], None)
-    monkeypatch.setattr(sys.modules["spikeform.conversion.convert"], "windows", lambda *a: (first + second, {}))
+    monkeypatch.setattr(sys.modules["spikeform.conversion.transform"], "windows", lambda *a: (first + second, {}))
     spikeform.convert(apart, config, CALIBRATION)
     assert same(thresholds(together), thresholds(apart))
 

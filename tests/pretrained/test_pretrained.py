@@ -1,7 +1,6 @@
 """The embedded reference models: plain Hugging Face folders, within limits, as good as their card."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -152,18 +151,15 @@ def test_sixteen_bit_arithmetic_keeps_the_model(folder, tokenizer, model):
 
 
 @torch.no_grad()
-def test_held_out_figure(name, model, tokenizer, report):
+def test_held_out_figure(name, model, tokenizer, report, data_root):
     """Re-measures the first windows of the held-out books, by the recorded protocol."""
-    data = Path(os.environ.get("SPIKEFORM_DATA", ROOT.parent / "shared" / "data"))
-    if not (data / "books" / "valid.txt.xz").is_file():
-        pytest.skip("no held-out text: set SPIKEFORM_DATA")
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         import reference_data
         import reference_models
     finally:
         sys.path.pop(0)
-    ids, length = reference_data.encode_held_out(data, tokenizer, "books")
+    ids, length = reference_data.encode_held_out(data_root, tokenizer, "books")
     recorded = report["held_out"]["books"]
     assert len(ids) // 512 == recorded["windows"]
     share = len(ids) / length  # bits per byte follow from nats per token over the whole text
