@@ -153,6 +153,8 @@ def protocol(result: Result) -> list[str]:
         f"({first['windows']} windows of {first['window']}).",
         f"Source: `benchmarks/results/{result.file}`, {sum(map(len, result.rows.values()))} configurations.",
     ]
+    if "code" in result.data:
+        lines.append(f"{result.data['code']}.")
     if result.data.get("unfinished"):
         lines.append("The run ended at its time limit; missing cells are —.")
     return [*[line + "\\" for line in lines[:-1]], lines[-1], ""]
@@ -313,6 +315,7 @@ def curves(results: list[Result]) -> str:
 def readme_block(results: list[Result]) -> str:
     """The two tables of README.md: fidelity, and estimated energy."""
     full = [r for r in results if "-cpu" not in r.file]
+    again = {r.model: r for r in results if "-cpu" in r.file}
     rows = []
     for result in full:
         twin = result.model.endswith("-twin")
@@ -320,8 +323,9 @@ def readme_block(results: list[Result]) -> str:
             for option in (NEAREST, PER_CHANNEL) if twin and steps == 8 else (NEAREST,):
                 r = result.row(option, steps)
                 if r is None:
-                    rows.append([result.model, str(steps), *["—"] * 6])
+                    rows.append([result.model, str(steps), *["—"] * 8])
                     continue
+                second = again[result.model].row(option, steps) if result.model in again else None
                 signed = r["spikes_signed_digit"]["spikes_per_element"]
                 rows.append(
                     [
@@ -333,11 +337,15 @@ def readme_block(results: list[Result]) -> str:
                         f"{r['kl']:.1e}",
                         f"{r['spikes']['spikes_per_element']:.2f}",
                         f"{signed:.2f}",
+                        cell(second, ratio),
+                        cell(second, lambda row: f"{row['top1_agreement']:.2%}"),
                     ]
                 )
     head = ["model", "T", "thresholds", "perplexity ratio", "top-1", "KL, nats/token"]
-    lines = table([*head, "spikes/element, radix-2", "signed-digit"], rows)
+    lines = table([*head, "spikes/element, radix-2", "signed-digit", "CPU: ratio", "CPU: top-1"], rows)
     lines += [result_line(full), ""]
+    codes = {r.data["code"] for r in full if "code" in r.data} | {r.data["code"] for r in again.values()}
+    lines += [*(f"- {code}" for code in sorted(codes)), ""]
     rows = []
     for result in full:
         if result.model.endswith("-twin"):
