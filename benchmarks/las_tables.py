@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin (benchmarks/las_tables.py) -->", "<!-- results: end -->"
 STEPS = range(16, 1, -1)
 FP32 = "45nm-fp32"
+# The main protocol again with later code; fewer tokens, for configurations that the main run did not reach.
+SECONDARY = ("-cpu.json", "-short.json")
 
 # Options of one curve -> its title, in the order of the tables.
 OPTIONS: dict[tuple, str] = {
@@ -80,7 +82,7 @@ def read(folder: Path) -> list[Result]:
     def key(result: Result) -> tuple:
         base = result.model.removesuffix("-twin")
         rank = order.index(base) if base in order else len(order)
-        return "-cpu" in result.file, result.model != base, rank, base, result.file
+        return result.file.endswith(SECONDARY), result.model != base, rank, base, result.file
 
     return sorted(found, key=key)
 
@@ -314,8 +316,8 @@ def curves(results: list[Result]) -> str:
 
 def readme_block(results: list[Result]) -> str:
     """The two tables of README.md: fidelity, and estimated energy."""
-    full = [r for r in results if "-cpu" not in r.file]
-    again = {r.model: r for r in results if "-cpu" in r.file}
+    full = [r for r in results if not r.file.endswith(SECONDARY)]
+    again = {r.model: r for r in results if r.file.endswith(SECONDARY[0])}
     rows = []
     for result in full:
         twin = result.model.endswith("-twin")
