@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -14,10 +13,6 @@ def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def _fast_gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1.0 + torch.tanh(x * math.sqrt(2.0 / math.pi) * (1.0 + 0.044715 * x * x)))
-
-
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": torch.exp,
     "reciprocal": torch.reciprocal,
@@ -25,7 +20,6 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "inverse_sqrt": torch.rsqrt,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_fast": _fast_gelu,
     "gelu_quick": _quick_gelu,
     "silu": F.silu,
     "relu": F.relu,
