@@ -9,7 +9,7 @@ import json
 import lzma
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -146,12 +146,17 @@ def encode_training(data: Path, cache: Path, vocab_size: int) -> np.ndarray:
     if path.is_file():
         return np.load(path, mmap_mode="r")
     tokenizer = load_tokenizer(data, cache, vocab_size)
-    backend, eos = tokenizer.backend_tokenizer, tokenizer.eos_token_id
+    return encode_documents(tokenizer, training_documents(data), tokenizer.eos_token_id, path)
+
+
+def encode_documents(tokenizer, documents: Iterable[str], end: int, path: Path) -> np.ndarray:
+    """Encodes documents as one stream of uint16 token ids, each document followed by a token, and writes it."""
+    backend = tokenizer.backend_tokenizer
     stream: list[np.ndarray] = []
-    for document in training_documents(data):
+    for document in documents:
         for encoding in backend.encode_batch_fast(split_paragraphs(document), add_special_tokens=False):
             stream.append(np.asarray(encoding.ids, dtype=np.uint16))
-        stream.append(np.asarray([eos], dtype=np.uint16))
+        stream.append(np.asarray([end], dtype=np.uint16))
     ids = np.concatenate(stream)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.{os.getpid()}.npy")  # several trainings may share the cache

@@ -69,8 +69,8 @@ def build(name: str, bos: int, eos: int, pad: int) -> nn.Module:
     raise ValueError(f"unknown model {name!r}: one of {', '.join(NAMES)}")
 
 
-def use_plain_causal_attention(model: nn.Module) -> list[torch.Tensor]:
-    """Makes attention causal without a mask tensor, so that the fused kernel without one runs.
+def use_plain_attention(model: nn.Module, causal: bool = True) -> list[torch.Tensor]:
+    """Lets attention go without a mask tensor, so that the fused kernel without one runs.
 
     Training sequences are full and never padded. While a model is compiled, transformers would build a mask.
 
@@ -90,12 +90,13 @@ def use_plain_causal_attention(model: nn.Module) -> list[torch.Tensor]:
             groups = q.shape[0] // k.shape[0]
             sizes.append((q * k.repeat_interleave(groups)).mean() * query.shape[-1] * scale**2)
         out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+            query, key, value, is_causal=causal, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
         return out.transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register("plain_causal", attention)
-    model.set_attn_implementation("plain_causal")
+    name = "plain_causal" if causal else "plain_full"
+    AttentionInterface.register(name, attention)
+    model.set_attn_implementation(name)
     return sizes
 
 
@@ -152,7 +153,7 @@ def round_to_bfloat16(model: nn.Module) -> None:
 
 
 def save_folder(model: nn.Module, tokenizer, folder: Path) -> None:
-    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load without spikeform.
+    """Writes a folder that transformers' Auto classes load without spikeform.
 
     The weights are stored in bfloat16 (the model must have been rounded to it, so nothing is lost) while the
     configuration says float32: `from_pretrained` follows the configuration, and gives float32 parameters.
@@ -160,12 +161,11 @@ def save_folder(model: nn.Module, tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
     config.dtype = torch.float32
-    model.generation_config = GenerationConfig()
+    config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    model.generation_config.bos_token_id = config.bos_token_id
-    model.generation_config.eos_token_id = config.eos_token_id
-    model.generation_config.pad_token_id = config.pad_token_id
-    model.generation_config.save_pretrained(folder)
+    if model.can_generate():
+        special = {f"{token}_token_id": getattr(config, f"{token}_token_id") for token in ("bos", "eos", "pad")}
+        GenerationConfig(**special).save_pretrained(folder)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
     tied = set(model._tied_weights_keys or ())

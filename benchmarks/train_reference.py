@@ -4,7 +4,8 @@
 
 The learning rate warms up, then falls along a cosine that ends when either --epochs or --minutes is reached,
 whichever comes first. The checkpoint with the lowest held-out loss (books/valid) is the one that is kept, and
-training stops early when that loss has risen for a while. Written into --out:
+training stops early when that loss has risen for a while. llama, gpt2 and opt learn to predict the next token,
+bert masked ones (bert_masked.py). Written into --out:
 
     NAME/                 the model folder, weights rounded to bfloat16
     reference-NAME.json   protocol, hardware, versions, loss curve, held-out figures of the saved weights
@@ -24,17 +25,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import bert_data
+import bert_masked
 import numpy as np
 import reference_data as text
 import reference_models as reference
 import torch
 import torch.nn.functional as F
 
+BERT = "bert"
+
 
 def parse_arguments() -> argparse.Namespace:
     """Returns the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=reference.NAMES, default="llama")
+    parser.add_argument("--model", choices=(*reference.NAMES, BERT), default="llama")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="default: $SPIKEFORM_DATA, else ../shared/data")
     parser.add_argument("--cache", type=Path, help="default: OUT/cache")
@@ -42,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=30.0, help="end of the schedule in passes over the text")
     parser.add_argument("--batch-tokens", type=int, default=32768)
     parser.add_argument("--lr", type=float, help="peak; default: 2e-3 for llama, 1e-3 for the others")
+    parser.add_argument("--warm-up", type=float, help="share of the schedule; default: 0.06 for bert, else 0.02")
     parser.add_argument(
         "--score-penalty",
         type=float,
@@ -59,6 +65,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.lr is None:  # at 2.5e-3 the attention scores of gpt2 and opt run away
         arguments.lr = 2e-3 if arguments.model == "llama" else 1e-3
+    if arguments.warm_up is None:  # its norms follow the residual stream
+        arguments.warm_up = 0.06 if arguments.model == BERT else 0.02
     if arguments.score_penalty is None:  # with learned positions nothing else holds the scores' size back
         arguments.score_penalty = 0.0 if arguments.model == "llama" else 1e-4
     return arguments
@@ -102,7 +110,7 @@ def make_optimizer(model: torch.nn.Module, arguments: argparse.Namespace, device
     return torch.optim.AdamW(groups, lr=arguments.lr, betas=(0.9, 0.95), fused=device == "cuda")
 
 
-def learning_rate(progress: float, peak: float, warm_up: float = 0.02, floor: float = 0.01) -> float:
+def learning_rate(progress: float, peak: float, warm_up: float, floor: float = 0.01) -> float:
     """Returns the rate at a share of the schedule: linear warm-up, then a cosine down to floor x peak."""
     if progress < warm_up:
         return peak * max(progress, 1e-4) / warm_up
@@ -164,9 +172,24 @@ def hardware(device: str) -> dict:
     }
 
 
-def make_functions(model: torch.nn.Module, device: str) -> tuple[Callable, Callable]:
-    """Returns the training's forward pass, ids -> logits, and batch -> (loss, score size summed over layers)."""
-    score_sizes = reference.use_plain_causal_attention(model)
+@dataclass
+class Objective:
+    """What a model learns: how a step's inputs are made, their loss, and the held-out figures.
+
+    Attributes:
+        prepare: Token ids [rows, context + 1] of a step, and the step's number -> the inputs of `loss`.
+        loss: -> (loss, score size summed over layers).
+        measure: Model in eval mode -> the held-out figures, "nats_per_token" among them.
+    """
+
+    prepare: Callable
+    loss: Callable
+    measure: Callable[[], dict]
+
+
+def next_token(model: torch.nn.Module, books: tuple, device: str) -> Objective:
+    """The objective of llama, gpt2 and opt."""
+    score_sizes = reference.use_plain_attention(model)
 
     def logits_of(ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
@@ -177,17 +200,38 @@ def make_functions(model: torch.nn.Module, device: str) -> tuple[Callable, Calla
         loss = F.cross_entropy(logits_of(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())
         return loss, torch.stack(score_sizes).sum()
 
-    return logits_of, loss_of
+    return Objective(lambda ids, _: (ids,), loss_of, lambda: reference.held_out(logits_of, *books, device))
 
 
-def fit(arguments: argparse.Namespace, model, batches: Batches, books: tuple, device: str) -> tuple[Run, str]:
+def masked_tokens(model: torch.nn.Module, books: tuple, tokenizer, seed: int, device: str) -> Objective:
+    """The objective of bert."""
+    score_sizes = reference.use_plain_attention(model, causal=False)
+    generator = torch.Generator(device)
+
+    def prepare(ids: torch.Tensor, step: int) -> tuple[torch.Tensor, ...]:
+        generator.manual_seed((seed << 32) + step)  # a resumed run draws what the stopped one would have
+        return bert_masked.mask(ids[:, :-1], generator, tokenizer)
+
+    def loss_of(rows, positions, targets) -> tuple[torch.Tensor, torch.Tensor]:
+        score_sizes.clear()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            logits = bert_masked.predict(model, rows, positions)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()), torch.stack(score_sizes).sum()
+
+    def measure() -> dict:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            return bert_masked.held_out(model, books[0], tokenizer, device)
+
+    return Objective(prepare, loss_of, measure)
+
+
+def fit(arguments: argparse.Namespace, model, batches: Batches, objective: Objective, device: str) -> tuple[Run, str]:
     """Trains to the end of the schedule, or until the held-out loss has long not fallen.
 
     Returns:
         The run, and what ended it: "schedule" or "early".
     """
-    logits_of, loss_of = make_functions(model, device)
-    compiled = loss_of if arguments.no_compile else torch.compile(loss_of)
+    compiled = objective.loss if arguments.no_compile else torch.compile(objective.loss)
     optimizer = make_optimizer(model, arguments, device)
     total_steps = math.ceil(arguments.epochs * batches.per_epoch)
     evaluate_every = max(1, round(arguments.evaluate_every * batches.per_epoch))
@@ -197,7 +241,7 @@ def fit(arguments: argparse.Namespace, model, batches: Batches, books: tuple, de
 
     def evaluate(losses: list[torch.Tensor]) -> None:
         model.eval()
-        valid = reference.held_out(logits_of, *books, device)["nats_per_token"]
+        valid = objective.measure()["nats_per_token"]
         model.train()
         record = {
             "step": run.step,
@@ -230,8 +274,8 @@ def fit(arguments: argparse.Namespace, model, batches: Batches, books: tuple, de
         if last:
             return run, stopped
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress, arguments.lr)
-        loss, score_size = compiled(batches.at(run.step))
+            group["lr"] = learning_rate(progress, arguments.lr, arguments.warm_up)
+        loss, score_size = compiled(*objective.prepare(batches.at(run.step), run.step))
         (loss + arguments.score_penalty * score_size).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -248,17 +292,27 @@ def train(arguments: argparse.Namespace) -> dict:
     data, cache = text.data_folder(arguments.data), arguments.cache or arguments.out / "cache"
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
-    vocabulary, context = reference.VOCABULARY[name], reference.CONTEXT[name]
-    tokenizer = text.load_tokenizer(data, cache, vocabulary)
-    stream = text.encode_training(data, cache, vocabulary)
-    books = text.encode_held_out(data, tokenizer, "books")
-    model = reference.build(name, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if name == BERT:
+        source, vocabulary, context = bert_data, bert_masked.VOCABULARY, bert_masked.WINDOW
+    else:
+        source, vocabulary, context = text, reference.VOCABULARY[name], reference.CONTEXT[name]
+    tokenizer = source.load_tokenizer(data, cache, vocabulary)
+    stream = source.encode_training(data, cache, vocabulary)
+    books = source.encode_held_out(data, tokenizer, "books")
+    if name == BERT:
+        model = bert_masked.build(tokenizer.pad_token_id)
+    else:
+        model = reference.build(name, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     if arguments.init:
         model.load_state_dict(type(model).from_pretrained(arguments.init, dtype=torch.float32).state_dict())
     reference.add_residual_dropout(model, arguments.dropout)
     model.to(device)
     batches = Batches(stream, context, max(1, arguments.batch_tokens // context), arguments.seed, device)
-    run, stopped = fit(arguments, model, batches, books, device)
+    if name == BERT:
+        objective = masked_tokens(model, books, tokenizer, arguments.seed, device)
+    else:
+        objective = next_token(model, books, device)
+    run, stopped = fit(arguments, model, batches, objective, device)
 
     model.load_state_dict(run.best_weights)
     left_out = {"model", "out", "data", "cache", "init", "resume", "no_compile"}
@@ -281,6 +335,8 @@ def finish(arguments, model, tokenizer, stage: dict | None, device: str) -> dict
 
     def measure(held_out: str, every: int = 1) -> dict:
         ids, length = text.encode_held_out(data, tokenizer, held_out)
+        if name == BERT:
+            return bert_masked.held_out(model, ids, tokenizer, device, every)
         return reference.held_out(logits_of, ids, length, device, rows=16, every=every)
 
     stages = []
@@ -290,9 +346,11 @@ def finish(arguments, model, tokenizer, stage: dict | None, device: str) -> dict
     report = {
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "vocabulary": reference.VOCABULARY[name],
-        "context": reference.CONTEXT[name],
-        "protocol": "non-overlapping windows of 512 tokens over the concatenated text; the first token of "
+        "vocabulary": len(tokenizer),
+        "context": model.config.max_position_embeddings,
+        "protocol": bert_masked.PROTOCOL
+        if name == BERT
+        else "non-overlapping windows of 512 tokens over the concatenated text; the first token of "
         "each is context only; saved weights (rounded to bfloat16), computed in float32",
         "held_out": {
             "books": measure("books"),

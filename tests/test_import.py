@@ -20,6 +20,7 @@ FLOORS = [
     {"conversion"},
     {"methods", "pretrained"},
     {"checkpoint", "energy", "evaluation"},
+    {"training"},
     {"report"},
     {"cli"},
 ]

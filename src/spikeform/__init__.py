@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from spikeform.checkpoint import verify as verify
     from spikeform.conversion import ConversionReport as ConversionReport
     from spikeform.conversion import convert as convert
+    from spikeform.conversion import set_steps as set_steps
     from spikeform.energy import energy as energy
     from spikeform.evaluation import fidelity as fidelity
     from spikeform.evaluation import perplexity as perplexity
     from spikeform.evaluation import zeroshot as zeroshot
+    from spikeform.methods import FAS as FAS
     from spikeform.methods import LAS as LAS
     from spikeform.neurons import fit_few_spike as fit_few_spike
     from spikeform.report import inspect as inspect
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ConversionReport": "spikeform.conversion",
+    "FAS": "spikeform.methods",
     "LAS": "spikeform.methods",
     "SpikeTrain": "spikeform.spikes",
     "convert": "spikeform.conversion",
@@ -44,6 +47,7 @@ _HOMES = {
     "perplexity": "spikeform.evaluation",
     "raster": "spikeform.report",
     "save": "spikeform.checkpoint",
+    "set_steps": "spikeform.conversion",
     "verify": "spikeform.checkpoint",
     "zeroshot": "spikeform.evaluation",
 }

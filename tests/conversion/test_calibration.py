@@ -145,7 +145,7 @@ def test_a_site_that_sees_nothing_is_an_error(model):
     config = spikeform.LAS()
     prepare(model, config)
     with pytest.raises(CalibrationError, match="saw no calibration input"):
-        calibrate(model, [], lambda n, h: 0.0, lambda n: False)
+        calibrate(model, [], lambda n, h: 0.0)
 
 
 # Resuming --------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from spikeform.checkpoint.manifest import read_manifest
 from spikeform.checkpoint.paths import read_json
 from spikeform.checkpoint.verification import lines, verify
+from spikeform.conversion import ConversionReport
 from spikeform.errors import CheckpointError, DamagedCheckpointError
 
 _AUTO_CLASSES = {
@@ -63,6 +65,9 @@ def load(path: str | Path, *, cheap: bool = False, **from_pretrained_kwargs: Any
     )
     if problems:
         raise DamagedCheckpointError(f"{folder} does not fit its own configuration:\n{lines(problems)}", problems)
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.report is not None:
+        model.spikeform_report = ConversionReport.from_dict(manifest.report)
     return model
 
 

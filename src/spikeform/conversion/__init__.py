@@ -1,6 +1,6 @@
 """Conversion: the walk over a model, calibration, the report, and the Hugging Face quantizer."""
 
-from spikeform.conversion.convert import convert, is_converted
+from spikeform.conversion.convert import convert, is_converted, set_steps
 from spikeform.conversion.quantizer import register
 from spikeform.conversion.registry import Method, config_from_dict, method_of
 from spikeform.conversion.report import ConversionReport, Row
@@ -14,4 +14,5 @@ __all__ = [
     "is_converted",
     "method_of",
     "register",
+    "set_steps",
 ]

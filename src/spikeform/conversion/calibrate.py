@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from spikeform.conversion.histogram import Histogram
 from spikeform.conversion.kinds import blocks
 from spikeform.errors import CalibrationError
-from spikeform.neurons import MT, Neuron, recording
+from spikeform.neurons import Neuron, ThresholdNeuron, recording
 
 Progress = Callable[[int, int], None]
 
@@ -39,21 +39,16 @@ class Block:
 
 
 class Statistics:
-    """Collects a histogram per neuron; give it to :func:`spikeform.neurons.recording`.
+    """Collects a histogram per neuron; give it to :func:`spikeform.neurons.recording`."""
 
-    Args:
-        per_channel: ``(neuron) -> bool``: one histogram a channel, or one in all.
-    """
-
-    def __init__(self, per_channel: Callable[[MT], bool]) -> None:
-        self.per_channel = per_channel
-        self.seen: dict[MT, Histogram] = {}
+    def __init__(self) -> None:
+        self.seen: dict[ThresholdNeuron, Histogram] = {}
 
     def __call__(self, neuron: Neuron, x: Tensor) -> None:
         """Record one input ``x``: ``[..., C]``, or ``[B, G, S, E]`` with channels (G, E)."""
-        if not isinstance(neuron, MT):
+        if not isinstance(neuron, ThresholdNeuron):
             return
-        if not self.per_channel(neuron):
+        if not neuron.statistics_per_channel:
             shape, channels = (1,), x.reshape(1, -1)
         elif x.ndim == 4:
             shape = (x.shape[1], 1, x.shape[3])
@@ -71,8 +66,7 @@ class Statistics:
 def calibrate(
     model: PreTrainedModel,
     batches: list[Tensor],
-    fit: Callable[[MT, Histogram], float],
-    per_channel: Callable[[MT], bool],
+    fit: Callable[[Any, Histogram], float],
     workdir: str | Path | None = None,
     fingerprint: Any = None,
     progress: Progress | None = None,
@@ -83,7 +77,6 @@ def calibrate(
         model: Prepared (spiking layers in place).
         batches: Token ids ``[N, L]`` each.
         fit: Sets one neuron's threshold from its histogram; returns the share of inputs it saturates.
-        per_channel: Which neurons need statistics per channel.
         workdir: Folder for finished blocks; a later call with the same model, data and config resumes there.
         fingerprint: What, with the data, must be equal for a resume (the config).
         progress: Called with ``(blocks done, blocks)``.
@@ -108,13 +101,13 @@ def calibrate(
     model.eval()
     with torch.no_grad():
         found = [Block(name, module, []) for name, module in blocks(model)]
-        inside = {n for block in found for n in block.module.modules() if isinstance(n, MT)}
-        outside = Statistics(per_channel)
+        inside = {n for block in found for n in block.module.modules() if isinstance(n, ThresholdNeuron)}
+        outside = Statistics()
         hidden = _capture(model, batches, found, lambda n, x: None if n in inside else outside(n, x))
         settle(outside)
         for index, block in enumerate(found):
             if store is None or not store.restore(index, block.module, saturation):
-                statistics = Statistics(per_channel)
+                statistics = Statistics()
                 with recording(statistics):
                     for h, (args, kwargs) in zip(hidden, block.calls, strict=True):
                         block.module(h, *args, **kwargs)
@@ -126,7 +119,7 @@ def calibrate(
             if progress is not None:
                 progress(index + 1, len(found))
     model.train(training)
-    silent = [n.site for n in model.modules() if isinstance(n, MT) and not n.calibrated]
+    silent = [n.site for n in model.modules() if isinstance(n, ThresholdNeuron) and not n.calibrated]
     if silent:
         raise CalibrationError(
             f"{len(silent)} sites saw no calibration input, e.g. {silent[0]}; leave them dense (skip) or give their "
@@ -202,10 +195,8 @@ class _Store:
     def save(self, index: int, block: nn.Module, saturation: dict[str, float]) -> None:
         tensors = {}
         for name, neuron in block.named_modules():
-            if isinstance(neuron, MT):
-                tensors[f"{name}.threshold"] = neuron.threshold.cpu()
-                if neuron.channel_shift is not None:
-                    tensors[f"{name}.channel_shift"] = neuron.channel_shift.cpu()
+            if isinstance(neuron, ThresholdNeuron):
+                tensors |= {f"{name}.{key}": tensor.cpu() for key, tensor in neuron.state_dict().items()}
         partial = self._file(index).with_suffix(".partial")
         save_file(tensors, partial, metadata={"saturation": json.dumps(saturation)})
         os.replace(partial, self._file(index))
@@ -221,10 +212,8 @@ class _Store:
         except SafetensorError as error:
             raise CalibrationError(f"{file} is damaged ({error}); delete it: its block is calibrated anew") from None
         for name, neuron in block.named_modules():
-            if isinstance(neuron, MT):
-                neuron.set_threshold(tensors[f"{name}.threshold"])
-                if f"{name}.channel_shift" in tensors:
-                    neuron.channel_shift = tensors[f"{name}.channel_shift"].to(neuron.threshold.device)
+            if isinstance(neuron, ThresholdNeuron):
+                neuron.load_state_dict({key: tensors[f"{name}.{key}"] for key in neuron.state_dict()})
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from spikeform.conversion.quantizer import attach
 from spikeform.conversion.registry import method_of
 from spikeform.conversion.transform import transform
 from spikeform.errors import ConversionError
+from spikeform.layers.streaming import clock_of
 
 
 def convert(
@@ -51,6 +53,29 @@ def convert(
     if existing is not None and existing is not config:
         raise ConversionError(f"the model is quantized already ({type(existing).__name__}); load it unquantized")
     attach(model, config, transform(model, config, calibration, tokenizer, workdir, progress))
+    return model
+
+
+def set_steps(model: PreTrainedModel, steps: int) -> PreTrainedModel:
+    """Change the time steps of a converted streaming model, in place.
+
+    Args:
+        model: Converted by a streaming method.
+        steps: T; 0 is the network of QCFS activations, which knows no time.
+
+    Returns:
+        ``model``; its config says the new steps, and is saved so.
+
+    Raises:
+        ConversionError: The model does not stream.
+        ConfigError: ``steps`` is out of the method's range.
+    """
+    clock = clock_of(model)
+    if clock is None:
+        raise ConversionError(f"{type(model).__name__} does not stream: set_steps takes a model converted with FAS")
+    config = replace(model.config.quantization_config, steps=steps)
+    attach(model, config, model.spikeform_report)
+    clock.steps = steps
     return model
 
 

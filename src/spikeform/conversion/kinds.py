@@ -7,13 +7,27 @@ reported. Names, not classes, so that no family is imported before a model of it
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
 
 _ACT = "transformers.activations."
 _TORCH_ACT = "torch.nn.modules.activation."
+
+
+class FeedForward(NamedTuple):
+    """Names of a feed-forward block's parts.
+
+    Attributes:
+        act: Its activation.
+        linear: The linear layer that consumes it.
+        gated: Whether the activation gates another projection in between.
+    """
+
+    act: str
+    linear: str
+    gated: bool
 
 
 def _family(name: str, *classes: str) -> list[str]:
@@ -63,6 +77,16 @@ ATTENTION = {
     *_family("phi", "PhiAttention"),
     *_family("gemma", "GemmaAttention"),
     *_family("bert", "BertSelfAttention"),
+}
+
+# Where a feed-forward block keeps its activation and the linear layer that consumes it: names below the block.
+FEED_FORWARD = {
+    **dict.fromkeys(_family("gpt2", "GPT2MLP"), ("act", "c_proj")),
+    **dict.fromkeys(_family("opt", "OPTDecoderLayer"), ("activation_fn", "fc2")),
+    **dict.fromkeys(_family("gpt_neox", "GPTNeoXMLP"), ("act", "dense_4h_to_h")),
+    **dict.fromkeys(_family("phi", "PhiMLP"), ("activation_fn", "fc2")),
+    **dict.fromkeys(_family("bert", "BertLayer"), ("intermediate.intermediate_act_fn", "output.dense")),
+    **dict.fromkeys(GATED_MLP, ("act_fn", "down_proj")),
 }
 
 
@@ -122,6 +146,15 @@ def walk(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str]]:
         kind = kind_of(module)
         if kind != "container":
             yield name, module, kind
+
+
+def feed_forward_pairs(model: nn.Module) -> Iterator[FeedForward]:
+    """The activation, and the linear layer that consumes it, of every feed-forward block of a known type."""
+    for name, module in model.named_modules():
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        if kind in FEED_FORWARD:
+            act, linear = (f"{name}.{part}" for part in FEED_FORWARD[kind])
+            yield FeedForward(act, linear, kind in GATED_MLP)
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -21,7 +21,7 @@ from spikeform.conversion.report import ConversionReport
 from spikeform.conversion.transform import transform
 from spikeform.errors import DamagedCheckpointError
 from spikeform.layers import SpikingLinear
-from spikeform.neurons import MT, Neuron
+from spikeform.neurons import MT, Neuron, StreamingNeuron, ThresholdNeuron
 
 
 class SpikeformQuantizer(HfQuantizer):
@@ -36,6 +36,10 @@ class SpikeformQuantizer(HfQuantizer):
             # Buffers of the skeleton are real, not meta: one absent from the files stays NaN and is found below.
             with torch.device("cpu"):
                 self._report = method_of(self.quantization_config).prepare(model, self.quantization_config)
+            # Thresholds are fp32 whatever dtype is asked for. (Those that are buffers are anyway.)
+            if any(isinstance(module, StreamingNeuron) for module in model.modules()):
+                kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+                model._keep_in_fp32_modules_strict = kept | {"neuron"}
             _refuse(_wrong_tensors(model, checkpoint_files or []))
         return model
 
@@ -51,7 +55,7 @@ class SpikeformQuantizer(HfQuantizer):
             vars(model.config).pop("quantization_config", None)
             attach(model, self.quantization_config, transform(model, self.quantization_config))
             return model
-        _refuse([p for name, module in model.named_modules() for p in _settle(name, module, model)])
+        _refuse([p for name, module in model.named_modules() for p in _settle(name, module, model, self.is_trainable)])
         attach(model, self.quantization_config, self._report)
         return model
 
@@ -73,8 +77,13 @@ class SpikeformQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:  # type: ignore[override]
-        """Adapters may be trained on top; the encoders themselves have no gradient."""
-        return False
+        """Whether gradients pass the neurons (streaming ones). Adapters may be trained on top of any method."""
+        return method_of(self.quantization_config).trainable
+
+    @property
+    def is_qat_trainable(self) -> bool:  # type: ignore[override]
+        """The same: all parameters are real, so all of them may be trained."""
+        return self.is_trainable
 
 
 def attach(model: PreTrainedModel, config: Any, report: ConversionReport) -> None:
@@ -139,16 +148,17 @@ def _saved_shape(name: str, model: PreTrainedModel, tensor: Tensor, tied: set[st
     return [1, *tensor.shape] if spiking else list(tensor.shape)
 
 
-def _settle(name: str, module: nn.Module, model: PreTrainedModel) -> list[str]:
+def _settle(name: str, module: nn.Module, model: PreTrainedModel, trainable: bool) -> list[str]:
     """Check one module's loaded tensors; give spiking weights their working shape."""
     problems = []
     if isinstance(module, SpikingLinear):
         weight = module.weight
-        module.neuron.folded = module.neuron.channel_shift is not None  # written folded
+        if isinstance(module.neuron, MT):
+            module.neuron.folded = module.neuron.channel_shift is not None  # written folded
         wanted = (module.out_features, module.in_features)
         tied = f"{name}.weight" in (getattr(model, "all_tied_weights_keys", None) or {})
         if tuple(weight.shape) == (1, *wanted):
-            module.weight = nn.Parameter(weight.data[0], requires_grad=False)
+            module.weight = nn.Parameter(weight.data[0], requires_grad=trainable)
         elif not (tied and tuple(weight.shape) == wanted):
             problems.append(f"{name}.weight has shape {list(weight.shape)}, not {[1, *wanted]}")
     for key, parameter in module.named_parameters(recurse=False):
@@ -156,9 +166,12 @@ def _settle(name: str, module: nn.Module, model: PreTrainedModel) -> list[str]:
             problems.append(f"{name}.{key} is missing or not finite")
         elif not getattr(parameter, "_is_hf_initialized", True):
             problems.append(f"{name}.{key} is missing from the files")
-    if isinstance(module, Neuron) and not isinstance(module, MT):
+    if isinstance(module, Neuron) and not isinstance(module, ThresholdNeuron):
         damaged = [k for k, b in module.named_buffers(recurse=False) if not bool(b.isfinite().all())]
         problems += [f"{name}.{key} is not finite" for key in damaged]
-    if isinstance(module, MT) and not (module.calibrated and bool((module.threshold > 0).all())):
+    if isinstance(module, StreamingNeuron):
+        for parameter in (module.scale, module.initial):
+            parameter.requires_grad_(False)  # as conversion leaves them
+    if isinstance(module, ThresholdNeuron) and not module.calibrated:
         problems.append(f"{name}.threshold is missing, not finite or not positive")
     return problems

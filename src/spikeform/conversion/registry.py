@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from spikeform.conversion.histogram import Histogram
 from spikeform.conversion.report import ConversionReport
 from spikeform.errors import ConfigError
-from spikeform.neurons import MT
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,17 @@ class Method:
             device, from the config alone, and give the same skeleton each time.
         given: ``(neuron, config) -> bool``: set a neuron's threshold from the config, if it names one.
         fit: ``(neuron, histogram, config) -> saturated share``: set a neuron's threshold from its inputs.
+        core: Kinds of modules of which it must replace at least one.
+        trainable: Whether gradients pass its neurons, so that a converted model can be trained.
     """
 
     name: str
     config_type: type
     prepare: Callable[[PreTrainedModel, Any], ConversionReport]
-    given: Callable[[MT, Any], bool]
-    fit: Callable[[MT, Histogram, Any], float]
+    given: Callable[[Any, Any], bool]
+    fit: Callable[[Any, Histogram, Any], float]
+    core: tuple[str, ...] = ("linear",)
+    trainable: bool = False
 
 
 _METHODS: dict[type, Method] = {}

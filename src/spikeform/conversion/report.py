@@ -32,12 +32,14 @@ class ConversionReport:
         rows: One a module that computes something.
         calibration: What the thresholds were found on.
         saturation: Share of calibration inputs above the largest threshold, per site, where not zero.
+        history: What was done since, a stage an entry: options, data, steps, results, hardware, versions.
     """
 
     method: str
     rows: list[Row] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
     saturation: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def replaced(self) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from spikeform.conversion.registry import method_of
 from spikeform.conversion.report import ConversionReport
 from spikeform.errors import ConversionError
 from spikeform.layers import SpikingLinear
-from spikeform.neurons import MT
+from spikeform.layers.streaming import paused
+from spikeform.neurons import MT, ThresholdNeuron
 
 
 def transform(
@@ -32,23 +34,17 @@ def transform(
     if calibration is not None or not _all_given(model, config):
         batches, described = windows(model, calibration, tokenizer)
     report = method.prepare(model, config)
-    if not any(row.kind == "linear" for row in report.replaced):
+    if not any(row.kind in method.core for row in report.replaced):
         raise ConversionError(
-            f"nothing in {type(model).__name__} could be converted: no linear layer of a known type is left "
-            "(see skip); the model is unchanged in function but should be loaded anew"
+            f"nothing in {type(model).__name__} could be converted: no {' or '.join(method.core)} of a known type is "
+            "left (see skip); the model is unchanged in function but should be loaded anew"
         )
-    neurons = [n for n in model.modules() if isinstance(n, MT)]
+    neurons = [n for n in model.modules() if isinstance(n, ThresholdNeuron)]
     open_sites = [n for n in neurons if not method.given(n, config)]
     if open_sites:
-        report.saturation = calibrate(
-            model,
-            batches,
-            lambda n, h: method.fit(n, h, config),
-            _per_channel,
-            workdir,
-            config.to_dict(),
-            progress,
-        )
+        with paused(model):
+            fitted = partial(method.fit, config=config)
+            report.saturation = calibrate(model, batches, fitted, workdir, config.to_dict(), progress)
         report.calibration = described
     else:
         report.calibration = {"source": "thresholds given in the config"}
@@ -56,20 +52,17 @@ def transform(
         if isinstance(module, SpikingLinear):
             module.fold()
         if isinstance(module, MT):
-            module.channel_weight, module.balance_channels = None, False
+            module.settle()
     return report
 
 
 def _all_given(model: PreTrainedModel, config: Any) -> bool:
     """Whether the config gives every threshold, so that nothing has to be sampled."""
-    if not getattr(config, "thresholds", None):
+    if not (getattr(config, "thresholds", None) or getattr(config, "threshold", None)):
         return False
     shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
     trial = copy.deepcopy(model, shared)  # the modules, not the tensors
     method = method_of(config)
     method.prepare(trial, config)
-    return all(method.given(n, config) for n in trial.modules() if isinstance(n, MT))
+    return all(method.given(n, config) for n in trial.modules() if isinstance(n, ThresholdNeuron))
 
-
-def _per_channel(neuron: MT) -> bool:
-    return neuron.channel_shift is not None or neuron.channel_weight is not None or neuron.balance_channels

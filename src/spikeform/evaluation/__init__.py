@@ -5,6 +5,7 @@ Works on any Hugging Face causal language model, dense or converted. See docs/ev
 
 from spikeform.evaluation.classification import ClassificationAgreement, classification_agreement
 from spikeform.evaluation.fidelity import Fidelity, fidelity
+from spikeform.evaluation.labelled import labelled_batches, load_labelled
 from spikeform.evaluation.perplexity import PerplexityResult, perplexity
 from spikeform.evaluation.text import data_root, load_text, sample_ids, tokenize
 from spikeform.evaluation.zeroshot import available_tasks, zeroshot
@@ -17,6 +18,8 @@ __all__ = [
     "classification_agreement",
     "data_root",
     "fidelity",
+    "labelled_batches",
+    "load_labelled",
     "load_text",
     "perplexity",
     "sample_ids",

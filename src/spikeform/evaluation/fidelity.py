@@ -1,7 +1,7 @@
 """Fidelity: how close a spiking model's predictions are to those of the dense model it came from.
 
 Both models read the same windows of the same stream once each, by the protocol of
-:mod:`spikeform.evaluation.perplexity`. Shapes: B windows, W ids in a window, V vocabulary, D width.
+:mod:`spikeform.evaluation.perplexity`. Shapes: B windows, W ids in a window, V vocabulary, D width, T steps.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class Fidelity:
         ratio_stderr: standard error of the ratio, from the windows' paired differences (nan with one window).
         kl: mean KL(dense || spiking) of the next-token distributions, nats per token; 0 is lossless.
         top1_agreement: share of tokens for which both models rank the same token first.
-        cosine: module name of each decoder block -> mean cosine of its output with the dense model's, over
-            all tokens of the windows; and "final", the input of the language-model head.
+        cosine: module name of each decoder block -> mean cosine of its output (of a streaming model: the mean
+            over its T streams) with the dense model's, over all tokens of the windows; and "final", the input of
+            the language-model head.
         tokens: tokens scored.
         windows: windows read.
         window: ids in a window.
@@ -124,6 +125,7 @@ def fidelity(
                 )
             for i in range(len(names)):
                 x, y = expected[i].to(device).float(), found[i].float()
+                x, y = mean_of_streams(x, len(batch_BW)), mean_of_streams(y, len(batch_BW))
                 cosine[i] += F.cosine_similarity(x, y, dim=-1).sum(dtype=torch.float64)
             for row_W, a_WV, b_WV in zip(batch_BW, dense_BWV, spiking_BWV, strict=True):
                 rows.append(compare(a_WV[:-1].to(device), b_WV[:-1], row_W[1:].to(device)))
@@ -143,6 +145,11 @@ def fidelity(
         window=window,
         protocol=protocol_of(window, None, len(windows_SW)),
     )
+
+
+def mean_of_streams(x: Tensor, windows: int) -> Tensor:
+    """A block's output ``[B, W, D]`` from that of T streams ``[B*T, W, D]``, batch-major: row b*T+t is step t of b."""
+    return x if len(x) == windows else x.unflatten(0, (windows, -1)).mean(1)
 
 
 def compare(dense_NV: Tensor, spiking_NV: Tensor, ids_N: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from spikeform.layers.cache import CacheView, through
 from spikeform.neurons import MT, Neuron
 from spikeform.spikes import SpikeTrain
 from spikeform.spikes.trace import observer
@@ -122,14 +122,12 @@ def unpack(packed: Tensor, neuron: MT, dtype: torch.dtype = torch.float32) -> Sp
     return SpikeTrain(packed >> 1, neuron.quantum().to(dtype), neuron.coding, branch)
 
 
-class CodeCache:
-    """A view of a transformers cache that encodes keys and values as they are appended.
+class CodeCache(CacheView):
+    """A view of a cache that encodes keys and values as they are appended: what it holds are packed codes."""
 
-    Whatever cache the user chose keeps the memory; what it holds are packed codes.
-    """
-
-    def __init__(self, cache: Cache, spiking: SpikingAttention) -> None:
-        self._cache, self._spiking = cache, spiking
+    def __init__(self, cache: Any, spiking: SpikingAttention) -> None:
+        super().__init__(cache)
+        self._spiking = spiking
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         """Append codes; returns the packed codes of all keys and values so far.
@@ -138,17 +136,13 @@ class CodeCache:
             ValueError: The cache was filled by a dense model: its numbers are no codes.
         """
         key, value = pack(self._spiking.key(key_states)), pack(self._spiking.value(value_states))
-        layers = getattr(self._cache, "layers", ())
-        held = getattr(layers[layer_idx], "keys", None) if layer_idx < len(layers) else None
-        if held is not None and held.numel() and held.is_floating_point():
+        held = self.held_keys(layer_idx)
+        if held is not None and held.is_floating_point():
             raise ValueError(
                 f"{self._spiking.site}: the cache holds real keys, as a dense model leaves them, and no codes; begin "
                 "with a new cache"
             )
         return self._cache.update(key, value, layer_idx, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
 
 
 def install(attention: nn.Module, spiking: SpikingAttention) -> None:
@@ -158,11 +152,7 @@ def install(attention: nn.Module, spiking: SpikingAttention) -> None:
 
 
 def _cache_of_codes(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    def view(value: Any) -> Any:
-        value = value.self_attention_cache if isinstance(value, EncoderDecoderCache) else value
-        return CodeCache(value, module.spiking) if isinstance(value, Cache) else value
-
-    return tuple(view(a) for a in args), {name: view(value) for name, value in kwargs.items()}
+    return through(lambda cache: CodeCache(cache, module.spiking), args, kwargs)
 
 
 def attention_forward(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from spikeform.neurons import MT
+from spikeform.neurons import MT, Neuron
 from spikeform.spikes import power_of_two
 from spikeform.synapses import linear
 
@@ -21,17 +23,17 @@ class SpikingLinear(nn.Linear):
         in_features: K.
         out_features: N.
         bias: Whether there is one.
-        neuron: Encodes the input.
+        neuron: Encodes the input. None: the input is real, gated by the spikes of a neuron before it.
         device: Where the parameters live (``meta`` for a skeleton).
         dtype: Of the parameters.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, neuron: MT, device=None, dtype=None) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, neuron: Neuron | None, device=None, dtype=None) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.neuron = neuron
 
     @classmethod
-    def from_dense(cls, dense: nn.Linear | Conv1D, neuron: MT) -> SpikingLinear:
+    def from_dense(cls, dense: nn.Linear | Conv1D, neuron: Neuron | None) -> SpikingLinear:
         """Take over the parameters of ``dense``: the same tensors, but for Conv1D's transposed weight."""
         transposed = isinstance(dense, Conv1D)
         weight = dense.weight.T if transposed else dense.weight
@@ -47,14 +49,24 @@ class SpikingLinear(nn.Linear):
     @torch.no_grad()
     def fold(self) -> None:
         """Multiply ``2^channel_shift`` into the weight's columns: powers of two, so no bit of any product changes."""
-        if self.neuron.channel_shift is not None and not self.neuron.folded:
+        neuron = self.neuron
+        if isinstance(neuron, MT) and neuron.channel_shift is not None and not neuron.folded:
             # A new tensor: the old one may be shared (tied) or memory-mapped.
-            folded = self.weight * power_of_two(self.neuron.channel_shift, self.weight.dtype)
+            folded = self.weight * power_of_two(neuron.channel_shift, self.weight.dtype)
             self.weight = nn.Parameter(folded, self.weight.requires_grad)
-            self.neuron.folded = True
+            neuron.folded = True
 
     def forward(self, input: Tensor) -> Tensor:
         """Real ``[..., K]`` to real ``[..., N]``, in the dtype of ``input``."""
+        if self.neuron is None:
+            return super().forward(input)
         train = self.neuron(input)
         bias = None if self.bias is None else self.bias.to(train.quantum.dtype)
         return linear(train, self.weight, bias, site=self.neuron.site).to(input.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Files hold [1, N, K] (see spikeform.conversion.quantizer); trainers resume from them by load_state_dict.
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and tuple(weight.shape) == (1, *self.weight.shape):
+            state_dict[f"{prefix}weight"] = weight[0]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

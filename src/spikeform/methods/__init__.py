@@ -1,5 +1,6 @@
-"""The conversion methods. Importing this package registers each with transformers."""
+"""Methods: where neurons sit, and how their parameters are found. Importing this registers them all."""
 
+from spikeform.methods.fas import FAS
 from spikeform.methods.las import LAS
 
-__all__ = ["LAS"]
+__all__ = ["FAS", "LAS"]

@@ -4,17 +4,21 @@ from spikeform.neurons.few_spike import FewSpikeHG, few_spike_bank
 from spikeform.neurons.few_spike_fit import fit_few_spike
 from spikeform.neurons.functions import FUNCTIONS
 from spikeform.neurons.hg import FixedPointHG
-from spikeform.neurons.neuron import Neuron, recording
+from spikeform.neurons.neuron import Neuron, ThresholdNeuron, recording
 from spikeform.neurons.oat import MT, OAT, ROUNDINGS
+from spikeform.neurons.streaming import Clock, StreamingNeuron
 
 __all__ = [
     "FUNCTIONS",
     "MT",
     "OAT",
     "ROUNDINGS",
+    "Clock",
     "FewSpikeHG",
     "FixedPointHG",
     "Neuron",
+    "StreamingNeuron",
+    "ThresholdNeuron",
     "few_spike_bank",
     "fit_few_spike",
     "recording",

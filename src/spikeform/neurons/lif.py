@@ -18,6 +18,7 @@ def leaky_integrate_and_fire(
     *,
     ternary: bool = False,
     surrogate: float | None = None,
+    level: float | Tensor = 1.0,
 ) -> Fired:
     """Run the neuron over an input sequence.
 
@@ -26,13 +27,14 @@ def leaky_integrate_and_fire(
         threshold: Positive; a scalar or ``[C]``, units of ``x``.
         leak: What stays of the potential from step to step, 0 < leak <= 1.
         initial: ``v(0)``, units of ``x``.
-        ternary: Fire -1 at ``v <= -threshold``.
-        surrogate: Half width of the surrogate triangle; None for int8 spikes without a gradient.
+        ternary: Fire -1 at ``v <= -level threshold``.
+        surrogate: Half width of the surrogate triangle, units of ``x``; None for int8 spikes without a gradient.
+        level: The share of the threshold at which it fires, above 0.
 
     Returns:
         Spikes ``[T, ..., C]`` and the final potential.
 
     Raises:
-        ValueError: As :func:`spikeform.neurons.if_.integrate_and_fire`.
+        SpikeformError: As :func:`spikeform.neurons.if_.integrate_and_fire`.
     """
-    return integrate_and_fire(x, threshold, initial, leak=leak, ternary=ternary, surrogate=surrogate)
+    return integrate_and_fire(x, threshold, initial, leak=leak, ternary=ternary, surrogate=surrogate, level=level)

@@ -1,4 +1,4 @@
-"""What every windowed neuron is: a module that turns a real tensor into a spike train."""
+"""What every neuron is: a module that turns a real tensor into a spike train."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def recorder() -> Recorder | None:
 
 
 class Neuron(nn.Module):
-    """A windowed neuron: it sees the sum of its input window, then fires. It has no state between calls.
+    """A module from real inputs to spikes. It has no state between calls.
+
+    A windowed neuron sees the sum of its input window, then fires; a streaming one sees its steps side by side.
 
     Args:
         site: The qualified name under which its firing is reported.
@@ -60,3 +62,17 @@ class Neuron(nn.Module):
             if new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
+
+
+class ThresholdNeuron(Neuron):
+    """A neuron whose thresholds are found on calibration data, block by block."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its thresholds are set and sound."""
+        raise AttributeError(f"{type(self).__name__} has no thresholds")
+
+    @property
+    def statistics_per_channel(self) -> bool:
+        """Whether calibration must show it a histogram per channel."""
+        return False

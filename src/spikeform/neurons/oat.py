@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spikeform.neurons.neuron import Neuron, recorder
+from spikeform.neurons.neuron import ThresholdNeuron, recorder
 from spikeform.spikes import Coding, SpikeTrain, power_of_two
 from spikeform.spikes.trace import Firing, observer
 
@@ -44,7 +44,7 @@ def round_codes(scaled: Tensor, coding: Coding, rounding: str) -> Tensor:
     return codes if coding.dense else coding.nearest_code(codes.abs()) * codes.sign()
 
 
-class MT(Neuron):
+class MT(ThresholdNeuron):
     """Multi-threshold neuron: one threshold, signed input, sign and magnitude.
 
     Args:
@@ -98,8 +98,17 @@ class MT(Neuron):
 
     @property
     def calibrated(self) -> bool:
-        """Whether thresholds are set."""
-        return bool(self.threshold.isfinite().all())
+        """Whether thresholds are set: finite and positive."""
+        return bool((self.threshold.isfinite() & (self.threshold > 0)).all())
+
+    @property
+    def statistics_per_channel(self) -> bool:
+        """Whether its channels are scaled or weighed one by one."""
+        return self.channel_shift is not None or self.channel_weight is not None or self.balance_channels
+
+    def settle(self) -> None:
+        """Forget what only calibration needed."""
+        self.channel_weight, self.balance_channels = None, False
 
     def quantum(self) -> Tensor:
         """Value of one code unit per sub-neuron: ``[R]``, or ``[R, *b]`` with an unfolded channel shift."""

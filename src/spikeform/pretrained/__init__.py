@@ -1,14 +1,18 @@
 """The embedded reference models: small language models that come with the project and need no download.
 
 `CARD.md` beside this file says what they were trained on, how, and what they reach. Each folder is a plain
-Hugging Face folder: `AutoModelForCausalLM.from_pretrained(spikeform.pretrained.path("llama"))`.
+Hugging Face folder: `AutoModelForCausalLM.from_pretrained(spikeform.pretrained.path("llama"))`. "bert" predicts
+masked words (`AutoModelForMaskedLM`), and "bert-sst2" whether a sentence of a film review is negative or positive
+(`AutoModelForSequenceClassification`); the others write text.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-ALL = ("llama", "gpt2", "opt")
+CAUSAL = ("llama", "gpt2", "opt")
+ALL = (*CAUSAL, "bert", "bert-sst2")
+BARE = ("llama", "opt")  # what these names mean without the prefix, too
 PREFIX = "pretrained:"
 _HERE = Path(__file__).parent
 
@@ -44,13 +48,14 @@ def resolve(model: str) -> str:
 
     "pretrained:NAME" always means the embedded model. A bare NAME means it too, unless a path of that name
     exists, or the name already means another model elsewhere: "gpt2" alone is OpenAI's GPT-2 on the Hugging
-    Face Hub, so the embedded one is only "pretrained:gpt2".
+    Face Hub, and "bert" is what everybody calls Google's, so these are only "pretrained:gpt2",
+    "pretrained:bert" and "pretrained:bert-sst2".
 
     Raises:
         ValueError: If the embedded model that is named is not here.
     """
     if model.startswith(PREFIX):
         return str(path(model.removeprefix(PREFIX)))
-    if model in ALL and model != "gpt2" and not Path(model).exists():
+    if model in BARE and not Path(model).exists():
         return str(path(model))
     return model

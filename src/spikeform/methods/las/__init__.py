@@ -7,4 +7,4 @@ from spikeform.methods.las.thresholds import fit, given
 
 register(Method("las", LAS, prepare, given, fit))
 
-__all__ = ["LAS"]
+__all__ = ["LAS", "fit", "prepare"]

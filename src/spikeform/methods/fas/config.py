@@ -1,0 +1,92 @@
+"""The configuration of FAS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from spikeform.conversion.config import MethodConfig, choice, is_real
+from spikeform.errors import ConfigError
+
+MAX_STEPS, MAX_LEVELS = 64, 16
+
+
+def _option(default: Any, help: str) -> Any:  # the help text feeds command lines and recipe checkers
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(eq=True, repr=True)
+class FAS(MethodConfig):
+    """Fine-tuning with QCFS activations, then calibration from coarse to fine (arXiv 2502.04405).
+
+    A model of this method streams: T passes, one a time step. With ``steps=0`` it is the network of QCFS
+    activations, which stage 1 fine-tunes. The paper leaves open what a gated feed-forward block gets, and every
+    option from ``per_channel`` on is ours.
+
+    Args:
+        steps: Time steps T, 0 to 64; :func:`spikeform.set_steps` changes it later.
+        levels: L of QCFS, 1 to 16.
+        sites: ``feed_forward`` (neurons replace activation functions, as the paper has it) or ``all`` (signed
+            neurons also in front of every linear layer of the blocks).
+        gated: In gated feed-forward blocks (SwiGLU), ``activation``: the neuron replaces the activation of the gate,
+            or ``product``: a signed neuron encodes the gated product, so that the down projection receives spikes.
+        per_channel: A QCFS threshold per channel instead of per layer.
+        granularity: Of what calibration finds (threshold scale and initial potential): ``layer``, ``channel``, or
+            ``position`` (per position and channel, the released code's form).
+        positions: Positions that ``position`` knows; a longer input is an error.
+        operators: Steps of few-spike operators (LAS's neurons) for softmax, norms and the products of attention, 1
+            to 16; None leaves these real.
+        threshold: QCFS threshold of every neuron; None finds each from calibration data.
+        surrogate: Half width of the surrogate gradient's triangle, in thresholds.
+        skip: Module name patterns that stay dense.
+        version: Format of this config.
+
+    Raises:
+        ConfigError: A value is out of range; the message names it.
+    """
+
+    quant_method: ClassVar[str] = "spikeform_fas"  # type: ignore[misc]
+
+    steps: int = _option(8, "time steps T, 0 to 64; 0 is the QCFS network")
+    levels: int = _option(8, "levels L of QCFS, 1 to 16")
+    sites: str = _option("feed_forward", "feed_forward or all")
+    gated: str = _option("activation", "activation or product")
+    per_channel: bool = _option(False, "a QCFS threshold per channel")
+    granularity: str = _option("layer", "layer, channel or position")
+    positions: int | None = _option(None, "positions that granularity position knows")
+    operators: int | None = _option(None, "steps of few-spike operators, 1 to 16; none leaves them real")
+    threshold: float | None = _option(None, "QCFS threshold of every neuron; none finds each from data")
+    surrogate: float = _option(1.0, "half width of the surrogate triangle, in thresholds")
+    skip: tuple[str, ...] = _option((), "module name patterns that stay dense")
+    version: int = _option(1, "format of this config")
+
+    def check(self) -> None:
+        """Every option in its range; lists become tuples."""
+        self._whole("steps", 0, MAX_STEPS)
+        self._whole("levels", 1, MAX_LEVELS)
+        choice("sites", self.sites, ("feed_forward", "all"))
+        choice("gated", self.gated, ("activation", "product"))
+        choice("granularity", self.granularity, ("layer", "channel", "position"))
+        if not isinstance(self.per_channel, bool):
+            raise ConfigError(f"per_channel must be true or false, got {self.per_channel!r}")
+        if self.operators is not None:
+            self._whole("operators", 1, 16)
+        if (self.granularity == "position") != (self.positions is not None):
+            raise ConfigError("positions is needed with granularity position, and has no meaning without it")
+        if self.positions is not None:
+            self._whole("positions", 1, 2**20)
+        if self.threshold is not None and not (is_real(self.threshold) and 0 < self.threshold < float("inf")):
+            raise ConfigError(f"threshold must be a finite number above 0, got {self.threshold!r}")
+        if not is_real(self.surrogate) or not 0.5 <= self.surrogate < float("inf"):
+            raise ConfigError(
+                f"surrogate must be a finite number of at least 0.5 (below it gradients grow from step to step), got "
+                f"{self.surrogate!r}"
+            )
+        if not isinstance(self.skip, list | tuple) or not all(isinstance(pattern, str) for pattern in self.skip):
+            raise ConfigError(f"skip must be a list of module name patterns, got {self.skip!r}")
+        self.skip = tuple(self.skip)
+
+    def _whole(self, name: str, least: int, most: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ConfigError(f"{name} must be an integer from {least} to {most}, got {value!r}")

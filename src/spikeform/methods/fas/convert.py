@@ -1,0 +1,144 @@
+"""Which neuron sits where."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from spikeform.conversion import ConversionReport, Row
+from spikeform.conversion.kinds import blocks, feed_forward_pairs, walk
+from spikeform.errors import ConfigError
+from spikeform.layers import SpikingActivation, SpikingLinear
+from spikeform.layers.streaming import install
+from spikeform.methods import las
+from spikeform.methods.fas.config import FAS
+from spikeform.neurons import Clock, StreamingNeuron
+
+_REAL = {
+    "embedding": "a look-up: no product to spike through",
+    "unknown": "unknown module type",
+    "norm": "real, on each step by itself (see operators)",
+    "attention": "real, on each step by itself (see operators)",
+    "gated_mlp": "its neuron sits inside",
+}
+
+
+def operators(config: FAS, own: list[str]) -> las.LAS:
+    """The LAS config of the few-spike operators: softmax, norms and attention's products, and nothing of ``own``."""
+    return las.LAS(steps=config.operators, activations=False, skip=(*config.skip, *own))
+
+
+def prepare(model: PreTrainedModel, config: FAS) -> ConversionReport:
+    """Put streaming neurons in, and give the model its time. Thresholds are not set yet."""
+    walked = list(walk(model))
+    for pattern in config.skip:
+        if not any(fnmatch(name, pattern) for name, _, _ in walked):
+            raise ConfigError(f"skip: {pattern!r} names no module of {type(model).__name__} that computes something")
+    found = blocks(model)
+    builder = _Builder(model, config, tuple(f"{name}." for name, _ in found))
+    for name, module, kind in walked:
+        builder.visit(name, module, kind)
+    if config.operators is not None:
+        builder.add_operators(walked)
+    if builder.neurons:
+        shared = [] if config.sites == "all" else _before_the_spikes(found[0], walked)
+        install(model, builder.clock, [block for _, block in found], shared, config.granularity == "position")
+    return builder.report
+
+
+def _before_the_spikes(first: tuple[str, nn.Module], walked: list[tuple[str, nn.Module, str]]) -> list[nn.Module]:
+    """What in the first block may run before its first spike: attention as a whole, norms, linear layers."""
+    inside = [(name, module, kind) for name, module, kind in walked if name.startswith(f"{first[0]}.")]
+    attention = tuple(f"{name}." for name, _, kind in inside if kind == "attention")
+    return [
+        module
+        for name, module, kind in inside
+        if kind in ("attention", "norm", "linear") and not name.startswith(attention or ("\0",))
+    ]
+
+
+class _Builder:
+    """Builds each spiking layer, and writes the report as it goes."""
+
+    def __init__(self, model: PreTrainedModel, config: FAS, inside: tuple[str, ...]) -> None:
+        self.model, self.config, self.inside = model, config, inside
+        self.clock = Clock(config.steps)
+        self.report = ConversionReport("fas")
+        self.neurons: list[str] = []
+        pairs = [p for p in feed_forward_pairs(model) if not self._skipped(p.act) and not self._skipped(p.linear)]
+        self.by_act = {pair.act: pair for pair in pairs}
+        self.by_linear = {pair.linear: pair for pair in pairs}
+
+    def _skipped(self, name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in self.config.skip)
+
+    def visit(self, name: str, module: nn.Module, kind: str) -> None:
+        if kind in _REAL:
+            detail = f" {type(module).__qualname__}" if kind == "unknown" else ""
+            self.report.rows.append(Row(name, kind, None, _REAL[kind] + detail))
+            return
+        layer, reason = (None, "named in skip") if self._skipped(name) else getattr(self, f"_{kind}")(name, module)
+        if layer is not None:
+            skeleton = any(p.device.type == "meta" for p in self.model.parameters())
+            if not skeleton:
+                layer.to(next((p.device for p in module.parameters()), self.model.device))
+            self.model.set_submodule(name, layer)
+        self.report.rows.append(Row(name, kind, None if layer is None else type(layer).__name__, reason))
+
+    def _neuron(self, site: str, channels: int, signed: bool) -> StreamingNeuron:
+        config = self.config
+        self.neurons.append(site)
+        neuron = StreamingNeuron(
+            self.clock,
+            config.levels,
+            signed=signed,
+            channels=channels,
+            per_channel=config.per_channel,
+            positional=site.startswith(self.inside),
+            surrogate=config.surrogate,
+            site=site,
+        )
+        neuron.refine(config.granularity, config.positions)
+        return neuron
+
+    def _linear(self, name: str, module: nn.Linear | Conv1D) -> tuple[nn.Module | None, str]:
+        features = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+        pair = self.by_linear.get(name)
+        everywhere = self.config.sites == "all" and name.startswith(self.inside)
+        if pair is not None and not pair.gated:
+            return SpikingLinear.from_dense(module, self._neuron(name, features, False)), f"IF, in place of {pair.act}"
+        if pair is not None and (self.config.gated == "product" or everywhere):
+            return SpikingLinear.from_dense(module, self._neuron(name, features, True)), "signed IF of the gated product"
+        if pair is not None:
+            return SpikingLinear.from_dense(module, None), "real values, gated by the spikes of the activation"
+        if everywhere:
+            return SpikingLinear.from_dense(module, self._neuron(name, features, True)), "signed IF"
+        return None, "real input on each step (see sites)"
+
+    def _activation(self, name: str, module: nn.Module) -> tuple[nn.Module | None, str]:
+        pair = self.by_act.get(name)
+        if pair is not None and not pair.gated:
+            return nn.Identity(), f"its IF sits in {pair.linear}"
+        if pair is not None and self.config.gated == "product":
+            return None, f"real; the gated product is encoded in {pair.linear}"
+        return SpikingActivation(self._neuron(name, self._width(name), False)), "IF"
+
+    def _width(self, name: str) -> int:
+        """Channels of an activation: outputs of the linear layer that stands before it in its parent."""
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        return next(
+            (m.weight.shape[1] if isinstance(m, Conv1D) else m.out_features)
+            for m in parent.modules()
+            if isinstance(m, nn.Linear | Conv1D)
+        )
+
+    def add_operators(self, walked: list[tuple[str, nn.Module, str]]) -> None:
+        """LAS's neurons for softmax, norms and attention's products; the rows take their place in the report."""
+        own = [name for name, _, kind in walked if kind in ("linear", "activation", "gated_mlp")]
+        rows = {row.name: row for row in las.prepare(self.model, operators(self.config, own)).rows}
+        self.report.rows = [rows[r.name] if r.kind in ("norm", "attention") else r for r in self.report.rows]
+

@@ -1,0 +1,1 @@
+"""Fused kernels of neurons. Imported only where they run; they need triton."""
