@@ -24,19 +24,26 @@ if TYPE_CHECKING:
     from spikeform.evaluation import zeroshot as zeroshot
     from spikeform.methods import FAS as FAS
     from spikeform.methods import LAS as LAS
+    from spikeform.methods import CalibrateOptions as CalibrateOptions
+    from spikeform.methods import calibrate as calibrate
     from spikeform.neurons import fit_few_spike as fit_few_spike
     from spikeform.report import inspect as inspect
     from spikeform.report import raster as raster
     from spikeform.spikes import SpikeTrain as SpikeTrain
     from spikeform.synapses import executor as executor
+    from spikeform.training import TrainOptions as TrainOptions
+    from spikeform.training import train as train
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CalibrateOptions": "spikeform.methods",
     "ConversionReport": "spikeform.conversion",
     "FAS": "spikeform.methods",
     "LAS": "spikeform.methods",
     "SpikeTrain": "spikeform.spikes",
+    "TrainOptions": "spikeform.training",
+    "calibrate": "spikeform.methods",
     "convert": "spikeform.conversion",
     "energy": "spikeform.energy",
     "executor": "spikeform.synapses",
@@ -48,6 +55,7 @@ _HOMES = {
     "raster": "spikeform.report",
     "save": "spikeform.checkpoint",
     "set_steps": "spikeform.conversion",
+    "train": "spikeform.training",
     "verify": "spikeform.checkpoint",
     "zeroshot": "spikeform.evaluation",
 }

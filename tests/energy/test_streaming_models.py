@@ -59,6 +59,8 @@ def test_every_family(family) -> None:
     report = spikeform.energy(spiking(family), IDS, dense=build(family))
     assert report.protocol["dense_checked"]
     assert 1 < rows_ratio(report) < 8
+    attention = report.streaming["attention"]  # of two blocks, the first one's runs once
+    assert attention["macs"] == attention["dense_macs"] * (1 + 8) / 2
     assert report.spikes > 0
     assert 0 < report.accumulations_per_mac == pytest.approx(report.spikes_per_element, rel=0.05)
     assert report.estimates["45nm-fp32"]["lines"]["dense"]["attention"] > 0
@@ -104,6 +106,12 @@ def test_decoding_reads_weights_once_and_a_cache_for_every_stream() -> None:
     assert found["dense_cache_bytes_per_token"] == 2 * 2 * 32 * 4  # layers, keys and values, two heads of 16
     assert found["cache_bytes_per_token"] == (1 + 8) * 2 * 32 * 4  # the first block's attention runs once
     assert spikeform.energy(spiking("bert"), IDS).streaming["decoding"] is None
+
+
+def test_windows_bound_the_positions_that_are_run() -> None:
+    model = spiking("llama", granularity="position", positions=4)
+    report = spikeform.energy(model, IDS, window=4)
+    assert report.streaming["decoding"]["neuron_bytes"] == 2 * (1 + 2 * 112) * 4  # of one position
 
 
 def test_state_and_config_are_left_alone(monkeypatch) -> None:

@@ -8,6 +8,7 @@ from families import build, tokens
 from spikeform.errors import SpikeformError
 from spikeform.neurons import StreamingNeuron
 from spikeform.report import inspect, raster
+from spikeform.report.raster import capture, literal
 from spikeform.spikes.trace import Firing, observe
 
 STEPS, LENGTH = 4, 6
@@ -42,6 +43,7 @@ def one_by_one(model, site: str) -> torch.Tensor:
 def test_a_raster_shows_the_steps_of_each_token(tmp_path, family) -> None:
     model, site = spiking(family), SITES[family]
     codes = one_by_one(model, site)
+    assert torch.equal(literal(capture(model, IDS[:1], site)[1], STEPS), codes)
     drawn = raster(model, IDS, site=site, path=tmp_path / "r.png", elements=50)
     assert (drawn.window, drawn.tokens, drawn.elements) == (STEPS, codes.shape[1], 50)
     assert drawn.channels == codes.shape[-1]
@@ -69,7 +71,6 @@ def test_what_cannot_be_drawn_is_an_error(tmp_path) -> None:
 def test_inspect_gives_ranges() -> None:
     model = spiking("llama", granularity="channel", levels=4)
     neurons = [module for module in model.modules() if isinstance(module, StreamingNeuron)]
-    neurons[0].refine((112,))
     with torch.no_grad():
         neurons[0].scale.copy_(torch.linspace(0.5, 1.5, 112))
         neurons[0].initial[3] = 0.25

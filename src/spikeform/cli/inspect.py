@@ -8,6 +8,7 @@ from spikeform.cli.models import Checkpoint, load_spiking
 from spikeform.cli.output import Json, Output
 
 COLUMNS = ("site", "layer", "neuron", "function", "steps", "coding", "thresholds")
+STREAMING_COLUMNS = ("site", "layer", "neuron", "steps", "levels", "signed", "thresholds", "scale", "initial")
 
 
 def run(out: Checkpoint, as_json: Json = False) -> None:
@@ -35,7 +36,13 @@ def run(out: Checkpoint, as_json: Json = False) -> None:
         }
         output.table([{"": key, "value": _flat(value)} for key, value in about.items() if value], title=str(out))
         output.say()
-        output.table(spiking, COLUMNS, title=f"{len(spiking)} neuron populations")
+        streaming = [row for row in spiking if "initial" in row]
+        windowed = [row for row in spiking if "initial" not in row]
+        if streaming:
+            title = f"{len(streaming)} streaming neuron populations (scale, initial: least and largest)"
+            output.table(streaming, STREAMING_COLUMNS, title=title)
+        if windowed:
+            output.table(windowed, COLUMNS, title=f"{len(windowed)} neuron populations")
         output.say()
         output.table(dense, ("site", "layer", "reason"), title=f"{len(dense)} modules that stay real")
         if saturation := record.get("saturation"):
@@ -45,7 +52,16 @@ def run(out: Checkpoint, as_json: Json = False) -> None:
                 [{"site": site, "saturated": share} for site, share in worst],
                 title="inputs above the largest threshold, as a share of the calibration data",
             )
-        output.document(about | {"neurons": spiking, "dense": dense, "saturation": saturation or {}})
+        if history := record.get("history"):
+            output.say()
+            output.table([_stage(entry) for entry in history], title="what was done since the conversion")
+        found = {"neurons": spiking, "dense": dense, "saturation": saturation or {}, "history": history or []}
+        output.document(about | found)
+
+
+def _stage(entry: dict[str, Any]) -> dict[str, Any]:
+    row = {key: entry.get(key) for key in ("stage", "steps", "seconds")}
+    return row | {"metrics": _flat(entry.get("metrics") or {})}
 
 
 def _flat(value: Any) -> str:

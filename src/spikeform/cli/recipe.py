@@ -10,6 +10,8 @@ import typer
 
 from spikeform.errors import ConfigError
 
+SECTIONS = ("train", "calibrate")  # of a recipe: the options of other verbs than convert
+
 # Text, not numbers: the method's own checks then say what is wrong with a value.
 Steps = Annotated[str | None, typer.Option(metavar="T", help="Time steps, 1 to 16.")]
 Set = Annotated[
@@ -39,18 +41,44 @@ def read_config(
     import spikeform.methods  # noqa: F401 - registers the methods
     from spikeform.conversion import config_from_dict
 
-    data = _read(recipe) if recipe is not None else {}
+    data = {key: value for key, value in _read(recipe).items() if key not in SECTIONS} if recipe is not None else {}
     named = str(data.pop("quant_method", data.pop("method", None)) or "").removeprefix("spikeform_")
     if method and named and method != named:
         raise ConfigError(f"{recipe} is a recipe for {named}, not for {method}: leave --method out or change it")
     if steps is not None:
         data["steps"] = _value(steps)
+    return config_from_dict({**data, **_pairs("--set", settings), "method": method or named or "las"})
+
+
+def read_method(method: str | None, recipe: Path | None, default: str) -> str:
+    """The method that ``--method``, or else the recipe, names."""
+    data = _read(recipe) if recipe is not None and method is None else {}
+    return method or str(data.get("quant_method") or data.get("method") or default).removeprefix("spikeform_")
+
+
+def read_section(
+    name: str, recipe: Path | None = None, settings: Sequence[str] = (), flag: str = "--set"
+) -> dict[str, Any]:
+    """The options that a recipe's section ``train`` or ``calibrate``, and ``flag key=value`` arguments, name.
+
+    Raises:
+        ConfigError: The section is no mapping, or an argument no ``key=value``.
+        FileNotFoundError: There is no such recipe.
+    """
+    section = (_read(recipe).get(name) if recipe is not None else None) or {}
+    if not isinstance(section, dict) or not all(isinstance(key, str) for key in section):
+        raise ConfigError(f"{recipe}: {name} must be a mapping of options")
+    return section | _pairs(flag, settings)
+
+
+def _pairs(flag: str, settings: Sequence[str]) -> dict[str, Any]:
+    pairs = {}
     for setting in settings:
         key, sign, value = setting.partition("=")
         if not sign or not key.strip():
-            raise ConfigError(f"--set takes key=value, got {setting!r}")
-        data[key.strip()] = _value(value)
-    return config_from_dict({**data, "method": method or named or "las"})
+            raise ConfigError(f"{flag} takes key=value, got {setting!r}")
+        pairs[key.strip()] = _value(value)
+    return pairs
 
 
 def _read(recipe: Path) -> dict[str, Any]:

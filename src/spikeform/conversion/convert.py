@@ -73,8 +73,8 @@ def set_steps(model: PreTrainedModel, steps: int) -> PreTrainedModel:
     clock = clock_of(model)
     if clock is None:
         raise ConversionError(f"{type(model).__name__} does not stream: set_steps takes a model converted with FAS")
-    config = replace(model.config.quantization_config, steps=steps)
-    attach(model, config, model.spikeform_report)
+    report: Any = model.spikeform_report
+    attach(model, replace(model.config.quantization_config, steps=steps), report)
     clock.steps = steps
     return model
 

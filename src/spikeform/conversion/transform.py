@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,9 @@ def transform(
     open_sites = [n for n in neurons if not method.given(n, config)]
     if open_sites:
         with paused(model):
-            fitted = partial(method.fit, config=config)
-            report.saturation = calibrate(model, batches, fitted, workdir, config.to_dict(), progress)
+            report.saturation = calibrate(
+                model, batches, lambda n, h: method.fit(n, h, config), workdir, config.to_dict(), progress
+            )
         report.calibration = described
     else:
         report.calibration = {"source": "thresholds given in the config"}
@@ -65,4 +65,3 @@ def _all_given(model: PreTrainedModel, config: Any) -> bool:
     method = method_of(config)
     method.prepare(trial, config)
     return all(method.given(n, config) for n in trial.modules() if isinstance(n, ThresholdNeuron))
-

@@ -36,6 +36,14 @@ def activation_bits(coding: Coding, signed: bool) -> int:
     return max(bits_for(2 * count - 1 if signed else count), 1)
 
 
+def step_bits(steps: int, signed: bool) -> int:
+    """Width of the network with as many levels as ``steps`` equal steps have: ``ceil(log2(T + 1))``.
+
+    With a ternary spike in each step ``ceil(log2(2T + 1))`` (arXiv 2409.08290).
+    """
+    return bits_for(2 * steps + 1 if signed else steps + 1)
+
+
 def additions(train: SpikeTrain, count: Tensor) -> Tensor:
     """Additions that one element causes at each of its targets, int32, the shape of the codes.
 

@@ -7,6 +7,10 @@ One rule for each kind of product, the same for the network that spikes and the 
   sum* of the other, once for each output that it reaches, and enters its own running sum, one addition more.
 - ``hadamard``: the same, elementwise.
 
+A streaming network of T steps sends its trains in windows of one step, T rows for each input row (time is in the
+batch). Here the T rows are one window of T steps again, so that elements, windows and the products' MACs mean the
+same as for all other networks.
+
 A binary step weight is a shift, so a shift-add is one addition; a learned one (few-spike neurons) is a
 multiplication more. What a causal mask hides is counted nowhere: not in the scores, not in the softmax
 between, not in the product with the values, neither spiking nor dense.
@@ -21,17 +25,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from spikeform.energy.codings import activation_bits, additions, comparisons, wire_bits
+from spikeform.energy.codings import activation_bits, additions, comparisons, step_bits, wire_bits
+from spikeform.energy.real import RealTally, real_hooks
 from spikeform.neurons.few_spike import FewSpikePattern
-from spikeform.spikes import Coding, SpikeTrain
+from spikeform.spikes import Coding, SpikeTrain, Thermometer
 from spikeform.spikes.trace import Firing, Product, observe
 
 
 @dataclass
 class Population:
-    """Sums over one train seen at one place: an operand of a product, or what a neuron sent."""
+    """Sums over one train seen at one place: an operand of a product, or what a neuron sent.
+
+    ``rows`` of the batch are one window: T where a streaming network's trains pass, else 1.
+    """
 
     coding: Coding | None = None
+    rows: int = 1
     signed: bool = False
     elements: int = 0
     slots: int = 0
@@ -41,15 +50,22 @@ class Population:
     @property
     def bits(self) -> int:
         """Activation width of the quantised rival."""
+        return self.bits_in(self.rows) if self.rows > 1 else self.bits_in(None)
+
+    def bits_in(self, steps: int | None) -> int:
+        """The same where a rate code has ``steps`` steps instead of its own; other codings keep theirs."""
+        if steps and isinstance(self.coding, Thermometer):
+            return step_bits(steps, self.signed)
         return activation_bits(self.coding, self.signed) if self.coding is not None else 1
 
-    def add(self, train: SpikeTrain, visible: Tensor | None = None) -> Tensor:
+    def add(self, train: SpikeTrain, visible: Tensor | None = None, rows: int = 1) -> Tensor:
         """Count one train and return ``train.count()``; ``visible`` (bool): elements that exist."""
         count = train.count()
         elements = train.codes.numel() if visible is None else int(visible.sum())
         spikes = total(count)
-        self.coding, self.signed = train.coding, self.signed or bool((train.codes < 0).any())
-        self.elements += elements
+        self.coding, self.rows = train.coding, rows
+        self.signed = self.signed or bool((train.codes < 0).any())
+        self.elements += elements // rows
         self.slots += elements * train.coding.window
         self.spikes += spikes
         self.wire_bits += wire_bits(train, elements, spikes, self.signed)
@@ -107,13 +123,20 @@ def total(values: Tensor) -> int:
 class Counter:
     """An observer (:func:`spikeform.spikes.trace.observe`) that counts.
 
+    Args:
+        steps: T of a streaming network, whose one-step windows fill T rows of the batch each; 0 for others.
+        real: Count attention and gated products of real numbers too.
+
     Attributes:
         products: Tally per (site, kind).
         firings: Tally per (site, function).
         dense: Tally per module name, filled by :meth:`watch`.
+        real: Tally per module name, filled by :meth:`watch` if asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int = 0, real: bool = False) -> None:
+        self.steps, self._wants_real = steps, real
+        self.real: dict[str, RealTally] = {}
         self.products: dict[tuple[str, str], ProductTally] = {}
         self.firings: dict[tuple[str, str], FiringTally] = {}
         self.dense: dict[str, DenseTally] = {}
@@ -131,26 +154,34 @@ class Counter:
     def _mask(self, shape: torch.Size) -> Tensor | None:
         return self._visible if self._visible is not None and self._visible.shape == shape else None
 
+    def _streams(self, train: SpikeTrain) -> bool:
+        """Whether the train is of one step, of a network whose steps are rows of the batch."""
+        return bool(self.steps) and train.coding == Thermometer(1)
+
     def _firing(self, event: Firing) -> None:
         tally = self.firings.setdefault((event.site, event.function), FiringTally(event.site, event.function))
-        before = tally.sent.elements, tally.sent.spikes
-        tally.sent.add(event.train, self._mask(event.train.shape))
-        elements, spikes = tally.sent.elements - before[0], tally.sent.spikes - before[1]
-        tally.comparisons += comparisons(event.train, elements, spikes)
-        # A spike is subtracted from the potential; where the output is a function of it, it is added there.
+        streams = self._streams(event.train)
+        before = tally.sent.slots, tally.sent.spikes
+        tally.sent.add(event.train, self._mask(event.train.shape), self.steps if streams else 1)
+        slots, spikes = tally.sent.slots - before[0], tally.sent.spikes - before[1]
+        tally.comparisons += comparisons(event.train, slots // event.train.coding.window, spikes)
+        # A spike is subtracted from the potential; where the output is a function of it, it is added there. What a
+        # streaming neuron receives is no window's sum yet: each step's input is added to the potential.
         tally.additions += spikes if event.function == "identity" else 2 * spikes
+        tally.additions += slots if streams else 0
         tally.saturated += int(event.saturated)
 
     def _product(self, event: Product) -> None:
         tally = self.products.setdefault((event.site, event.kind), ProductTally(event.site, event.kind))
         tally.operands = tally.operands or [Population() for _ in event.operands]
         fan_outs, macs = self._reach(event)
-        tally.macs += macs
+        rows = self.steps if all(self._streams(train) for train in event.operands) else 1
+        tally.macs += macs // rows
         for position, (train, population) in enumerate(zip(event.operands, tally.operands, strict=True)):
             # Hidden elements of the probabilities, and of the factors of the softmax, do not exist.
             first = event.kind == "matmul" and position == 0
             visible = self._mask(train.shape) if first or event.kind == "hadamard" else None
-            count = population.add(train, visible)
+            count = population.add(train, visible, rows)
             adds = additions(train, count)
             reached = total(count * fan_outs[position])
             tally.accumulations += reached
@@ -158,7 +189,7 @@ class Counter:
             # A learned step weight is no shift: it multiplies what the spike adds.
             tally.scalings += reached if isinstance(train.coding, FewSpikePattern) else 0
             if event.kind == "linear":
-                self._rows(tally, train, count, event.fan_out[0])
+                self._rows(tally, count, event.fan_out[0], train.coding.window * rows)
             else:
                 tally.running_sums += total(adds)
         if event.sent is not None:
@@ -187,41 +218,41 @@ class Counter:
             # Hidden elements of A [..., M, K] are silent for good: a spike of B's row k reaches who sees k.
             seen = visible.sum(-2).unsqueeze(-2 if event.transposed else -1)
             return [event.fan_out[0], seen], total(visible) * event.fan_out[0]
-        shape = torch.broadcast_shapes(*(train.shape for train in event.operands))
-        if event.kind == "hadamard" and (visible := self._mask(shape)) is not None:
-            return [visible.long().sum_to_size(train.shape) for train in event.operands], total(visible)
+        if event.kind == "hadamard":
+            shape = torch.broadcast_shapes(*(train.shape for train in event.operands))
+            if (visible := self._mask(shape)) is not None:
+                return [visible.long().sum_to_size(train.shape) for train in event.operands], total(visible)
         return list(event.fan_out), event.macs
 
     @staticmethod
-    def _rows(tally: ProductTally, train: SpikeTrain, count: Tensor, fan_out: int) -> None:
+    def _rows(tally: ProductTally, count: Tensor, fan_out: int, window: int) -> None:
         """Weight rows of one call: fetched if their channel spikes at all, read at most once a step."""
         per_channel = count.reshape(-1, count.shape[-1]).sum(0, dtype=torch.int64)
         tally.row_size = fan_out
         tally.rows += per_channel.numel()
         tally.rows_fetched += int(per_channel.count_nonzero())
-        tally.rows_read += total(per_channel.clamp(max=train.coding.window))
+        tally.rows_read += total(per_channel.clamp(max=window))
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
         """Count events and, by hooks, what modules do in real numbers.
 
         That is: linear layers that run without a spike (MACs), biases (additions), norm gains
-        (multiplications).
+        (multiplications); and, if asked for, attention and gated products.
         """
-        handles = []
+        handles = real_hooks(self.real, model) if self._wants_real else []
         for name, module in model.named_modules():
             weight, bias = (getattr(module, key, None) for key in ("weight", "bias"))
             if isinstance(weight, Tensor) and not isinstance(module, nn.Embedding):
-                handles.append(self._hook(name, module, weight, bias))
+                handles += self._hook(name, module, weight, bias)
         try:
             with observe(self):
                 yield
         finally:
-            for pair in handles:
-                for handle in pair:
-                    handle.remove()
+            for handle in handles:
+                handle.remove()
 
-    def _hook(self, name: str, module: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple:
+    def _hook(self, name: str, module: nn.Module, weight: Tensor, bias: Tensor | None) -> list:
         seen: list[int] = []
 
         def before(_module, _args) -> None:
@@ -239,4 +270,5 @@ class Counter:
             if bias is not None:
                 tally.additions += out.numel()
 
-        return module.register_forward_pre_hook(before), module.register_forward_hook(after)
+        # Before all other hooks: those of a streaming network repeat what was computed once.
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(after, prepend=True)]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections import Counter as Histogram
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spikeform.energy import streaming
 from spikeform.energy.count import Counter
 from spikeform.energy.estimate import operations, price
 from spikeform.energy.models import FP32, resolve
 from spikeform.errors import SpikeformError
+from spikeform.layers.streaming import paused, steps_of
+from spikeform.neurons import StreamingNeuron
 from spikeform.synapses import explain
 
 NOT_COUNTED = [
@@ -38,7 +41,8 @@ class EnergyReport:
         per_kind: Elements, spikes, accumulations and MACs by kind of operation.
         tokens: Tokens run.
         spikes: Spikes that all neurons sent.
-        spikes_per_element: Spikes of one neuron in one window, mean over all neurons that fired.
+        spikes_per_element: Spikes of one neuron in one window (a streaming neuron's are its T steps), mean over all
+            neurons that fired.
         spikes_per_token: Spikes of the whole network for one token.
         spike_rate: Spikes per element per step.
         accumulations_per_mac: Additions of products over the MACs they replace: spikes per element weighted
@@ -48,6 +52,8 @@ class EnergyReport:
         break_even: What the figures above must stay below.
         not_counted: What is in no figure.
         protocol: Model, data and settings that reproduce the numbers.
+        accountings: Of a streaming network: what runs, and the papers' convention, by cost model.
+        streaming: Of a streaming network: operations, attention, weights and cache beside one dense pass.
     """
 
     per_site: list[dict[str, Any]]
@@ -63,23 +69,35 @@ class EnergyReport:
     break_even: dict[str, Any]
     not_counted: list[str]
     protocol: dict[str, Any]
+    accountings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    streaming: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON types."""
         return {"label": "ESTIMATED", **asdict(self)}
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row per cost model: ESTIMATED uJ per token of the three networks, and the ratios."""
+        """Rows of ESTIMATED uJ per token of the networks, and the ratios, two a cost model.
+
+        A streaming network has another rival, and a row more a cost model in the papers' convention.
+        """
         rows = []
         for name, estimate in self.estimates.items():
             for title, part in (("operations", estimate), ("with memory", estimate["with_memory"])):
-                per_token = {f"{key} uJ/token": part[key] / self.tokens * 1e-6 for key in _NETWORKS}
-                ratios = {"vs dense": part["ratio_vs_dense"], "vs quantised": part["ratio_vs_quantised"]}
-                rows.append({"ESTIMATED": f"{name}, {title}", **per_token, **ratios})
+                rows.append({"ESTIMATED": f"{name}, {title}", **self._row(part)})
+        for name, part in self.accountings.get(streaming.PAPERS, {}).get("estimates", {}).items():
+            title = f"{name}, {streaming.PAPERS} (not what runs)"
+            rows.append({"ESTIMATED": title, "accounting": streaming.PAPERS, **self._row(part)})
         return rows
 
+    def _row(self, part: dict[str, Any]) -> dict[str, float]:
+        found = {key: title for key, title in _NETWORKS.items() if key in part}
+        per_token = {f"{title} uJ/token": part[key] / self.tokens * 1e-6 for key, title in found.items()}
+        rivals = {key: title for key, title in found.items() if key != "spiking"}
+        return per_token | {f"vs {title}": part[f"ratio_vs_{key}"] for key, title in rivals.items()}
 
-_NETWORKS = ("spiking", "dense", "quantised")
+
+_NETWORKS = {"spiking": "spiking", "dense": "dense", "quantised": "quantised", "quantised_steps": "quantised to T"}
 
 
 def energy(
@@ -94,7 +112,8 @@ def energy(
     """Count what a spiking model does on ``ids`` and estimate the energy of three networks.
 
     Each window is a full forward (prefill, no cache). Spikes are counted from the trains, whatever executor
-    runs.
+    runs. A streaming model runs twice: with its T steps, and as the QCFS network (``steps=0``), whose one pass is
+    the dense network of the report.
 
     Args:
         spiking: A converted model; it is run as it is, in evaluation mode.
@@ -113,19 +132,27 @@ def energy(
     """
     models = resolve(cost_models)
     _check(spiking, ids, batch_size, window)
-    counter = Counter()
-    with counter.watch(spiking):
-        _run(spiking, ids, batch_size, window)
-    if not counter.products:
+    steps = steps_of(spiking)
+    if not steps and any(isinstance(module, StreamingNeuron) for module in spiking.modules()):
+        raise SpikeformError(
+            "at steps=0 the model is the QCFS network, which sends no spikes: set_steps(model, 8) first"
+        )
+    counter = _counted(spiking, ids, batch_size, window, steps, real=bool(steps))
+    if not counter.products and not (steps and counter.firings):
         raise SpikeformError("no spike train reached a synapse: the model is dense; convert it first")
+    baseline = None
+    if steps:
+        with paused(spiking):
+            baseline = _counted(spiking, ids, batch_size, window, real=True)
     if dense is not None:
-        _compare(counter, dense, ids, batch_size, window)
+        _compare(baseline or counter, dense, ids, batch_size, window)
     firings = [tally.sent for tally in counter.firings.values()]
     if not firings:  # trains that no neuron announced (hand-made, or from a cache): the operands are all there is
         firings = [operand for tally in counter.products.values() for operand in tally.operands]
     spikes, elements, slots = (sum(getattr(p, key) for p in firings) for key in ("spikes", "elements", "slots"))
-    macs = sum(tally.macs for tally in counter.products.values())
+    macs = sum(tally.macs for tally in (baseline or counter).products.values())
     accumulations = sum(t.accumulations + t.level_additions for t in counter.products.values())
+    estimates = {model.name: price(counter, model, baseline) for model in models}
     return EnergyReport(
         per_site=_sites(counter),
         per_kind=_kinds(counter),
@@ -135,8 +162,8 @@ def energy(
         spikes_per_token=spikes / ids.numel(),
         spike_rate=spikes / max(slots, 1),
         accumulations_per_mac=accumulations / max(macs, 1),
-        ops=operations(counter),
-        estimates={model.name: price(counter, model) for model in models},
+        ops=operations(counter, baseline),
+        estimates=estimates,
         break_even={
             "accumulations_per_mac": {model.name: model.break_even for model in models},
             "spikes_per_element_fp32": FP32.break_even,
@@ -145,8 +172,10 @@ def energy(
             "quantised twin below 6.4% (v2, v3; T of 5 to 10) or 5.7% (v4; T = 5) of its spike slots, data "
             "movement counted",
         },
-        not_counted=NOT_COUNTED + _left_out(spiking, counter),
+        not_counted=(streaming.NOT_COUNTED if steps else NOT_COUNTED) + _left_out(spiking, counter),
         protocol=_protocol(spiking, dense, ids, batch_size, window),
+        accountings=streaming.accountings(counter, baseline, estimates, models) if baseline else {},
+        streaming=streaming.facts(spiking, ids[:, :window], counter, baseline) if baseline else {},
     )
 
 
@@ -160,6 +189,15 @@ def _check(model: nn.Module, ids: Tensor, batch_size: int, window: int | None) -
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(context, int) and length > context:
         raise SpikeformError(f"rows of {length} tokens exceed the model's context of {context}; give window={context}")
+
+
+def _counted(
+    model: nn.Module, ids: Tensor, batch_size: int, window: int | None, steps: int = 0, real: bool = False
+) -> Counter:
+    counter = Counter(steps, real)
+    with counter.watch(model):
+        _run(model, ids, batch_size, window)
+    return counter
 
 
 @torch.no_grad()
@@ -178,9 +216,7 @@ def _run(model: nn.Module, ids: Tensor, batch_size: int, window: int | None) -> 
 
 def _compare(counter: Counter, dense: nn.Module, ids: Tensor, batch_size: int, window: int | None) -> None:
     """The dense model's own linear layers must do the MACs that the report gives the dense network."""
-    own = Counter()
-    with own.watch(dense):
-        _run(dense, ids, batch_size, window)
+    own = _counted(dense, ids, batch_size, window)
     if own.products:
         raise SpikeformError("the dense model sends spikes: give the model as it was before conversion")
     left = sum(tally.macs for tally in counter.dense.values())
@@ -234,6 +270,9 @@ def _sites(counter: Counter) -> list[dict[str, Any]]:
         )
     for tally in counter.dense.values():
         rows.append({**asdict(tally), "kind": "real", "module": tally.kind})
+    for tally in counter.real.values():
+        if tally.macs or tally.multiplications:  # linear layers have a row already
+            rows.append({**asdict(tally), "kind": "real", "module": tally.kind})
     return rows
 
 
@@ -259,6 +298,7 @@ def _left_out(model: nn.Module, counter: Counter) -> list[str]:
     """Modules that the conversion left dense and whose work no hook can count."""
     rows = getattr(getattr(model, "spikeform_report", None), "rows", [])
     counted = {name for name, tally in counter.dense.items() if tally.macs}
+    counted |= {name for name, tally in counter.real.items() if tally.macs or tally.multiplications}
     left = Histogram(
         row.kind for row in rows if row.replaced_by is None and row.kind != "embedding" and row.name not in counted
     )

@@ -28,7 +28,9 @@ class SpikingLinear(nn.Linear):
         dtype: Of the parameters.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, neuron: Neuron | None, device=None, dtype=None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, neuron: Neuron | None, device=None, dtype=None
+    ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.neuron = neuron
 

@@ -101,7 +101,12 @@ class StreamCache(CacheView):
 
 
 def install(
-    model: PreTrainedModel, clock: Clock, blocks: list[nn.Module], shared: list[nn.Module], positions: bool = False
+    model: PreTrainedModel,
+    clock: Clock,
+    blocks: list[nn.Module],
+    shared: list[nn.Module],
+    positions: bool = False,
+    beside: tuple[nn.Module, ...] = (),
 ) -> None:
     """Give a model its time.
 
@@ -112,17 +117,19 @@ def install(
         shared: Modules of the first block that are computed once if they run before its first spike. Empty if spikes
             go into its attention.
         positions: Whether neurons have parameters by position, and so must know where a pass begins.
+        beside: Those of ``shared`` whose input is still without time when they run after the first spike (the up
+            projection beside a spiking gate).
     """
     for index, block in enumerate(blocks):
-        marks: Any = block
-        marks.spikeform_clock, marks.spikeform_first, marks.spikeform_shares = clock, index == 0, bool(shared)
+        told: Any = block
+        told.spikeform_clock, told.spikeform_first, told.spikeform_shares = clock, index == 0, bool(shared)
         block.register_forward_pre_hook(_enter, with_kwargs=True)
     blocks[0].register_forward_hook(_left_first, always_call=True)
-    for module in shared:
-        marks = module
-        marks.spikeform_clock = clock
-        module.register_forward_pre_hook(_one_of_many, with_kwargs=True)
-        module.register_forward_hook(_many_of_one)
+    for part in shared:
+        marks: Any = part
+        marks.spikeform_clock, marks.spikeform_beside = clock, any(part is other for other in beside)
+        part.register_forward_pre_hook(_one_of_many, with_kwargs=True)
+        part.register_forward_hook(_many_of_one)
     head = model.get_output_embeddings()
     last: Any = head if head is not None else model.base_model
     last.spikeform_clock = clock
@@ -131,7 +138,13 @@ def install(
     else:
         last.register_forward_hook(_after_base)
     if positions:
-        model.base_model.register_forward_pre_hook(_note_offset, with_kwargs=True)
+        note_positions(model)
+
+
+def note_positions(model: PreTrainedModel) -> None:
+    """Let neurons whose parameters go by position know where in the sequence a pass begins."""
+    base: Any = model.base_model
+    base.register_forward_pre_hook(_note_offset, with_kwargs=True)
 
 
 def _enter(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -169,7 +182,9 @@ def _left_first(block: Any, args: tuple, output: Any) -> None:
 def _constant_rows(module: Any) -> int:
     """B T where the streams are still equal, else 0."""
     now = current.get()
-    return now.rows if module.spikeform_clock.steps and now is not None and now.constant else 0
+    if now is None or not module.spikeform_clock.steps:
+        return 0
+    return now.rows if now.constant or module.spikeform_beside else 0
 
 
 def _one_of_many(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

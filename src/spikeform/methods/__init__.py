@@ -1,6 +1,6 @@
 """Methods: where neurons sit, and how their parameters are found. Importing this registers them all."""
 
-from spikeform.methods.fas import FAS
+from spikeform.methods.fas import FAS, CalibrateOptions, calibrate
 from spikeform.methods.las import LAS
 
-__all__ = ["FAS", "LAS"]
+__all__ = ["FAS", "LAS", "CalibrateOptions", "calibrate"]

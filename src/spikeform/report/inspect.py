@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spikeform.errors import SpikeformError
-from spikeform.neurons import Neuron
+from spikeform.neurons import Neuron, StreamingNeuron
 
 
 def inspect(model: nn.Module) -> list[dict[str, Any]]:
@@ -20,7 +20,9 @@ def inspect(model: nn.Module) -> list[dict[str, Any]]:
         Rows with keys ``site``, ``layer`` (class of the module that owns the neuron), ``neuron`` (class, None
         where dense), ``steps``, ``coding``, ``window`` (time steps in which spikes travel), ``thresholds``
         (smallest first), ``function`` (``identity`` unless the neuron computes one), ``reason`` (of what is
-        dense).
+        dense). A streaming neuron's ``steps`` are the model's (0: the QCFS network), and it has ``levels``,
+        ``signed``, and the ranges ``[least, largest]`` of ``scale`` and ``initial``: its firing threshold is
+        ``threshold * scale``, its initial potential ``initial`` times that.
 
     Raises:
         SpikeformError: There is no neuron in it.
@@ -38,6 +40,8 @@ def inspect(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _row(name: str, neuron: Neuron, modules: dict[str, nn.Module]) -> dict[str, Any]:
+    if isinstance(neuron, StreamingNeuron):
+        return _streaming_row(name, neuron, modules)
     coding = getattr(neuron, "coding", None)
     threshold = getattr(neuron, "threshold", None)
     shift = getattr(neuron, "channel_shift", None)
@@ -52,6 +56,28 @@ def _row(name: str, neuron: Neuron, modules: dict[str, nn.Module]) -> dict[str, 
         "per_channel": shift is not None,
         "function": getattr(neuron, "function", "identity"),
     }
+
+
+def _streaming_row(name: str, neuron: StreamingNeuron, modules: dict[str, nn.Module]) -> dict[str, Any]:
+    return {
+        "site": neuron.site or name,
+        "layer": _class(modules.get(name.rpartition(".")[0])),
+        "neuron": type(neuron).__name__,
+        "steps": neuron.clock.steps,
+        "coding": "Thermometer",
+        "window": neuron.clock.steps,
+        "thresholds": neuron.threshold.flatten().tolist(),
+        "per_channel": neuron.scale.numel() > 1 or neuron.initial.numel() > 1,
+        "function": "identity",
+        "levels": neuron.levels,
+        "signed": neuron.signed,
+        "scale": _range(neuron.scale),
+        "initial": _range(neuron.initial),
+    }
+
+
+def _range(values: Tensor) -> list[float]:
+    return [float(values.min()), float(values.max())]
 
 
 def _class(module: nn.Module | None) -> str | None:

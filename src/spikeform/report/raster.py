@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from spikeform.errors import SpikeformError
-from spikeform.spikes import SpikeTrain
+from spikeform.layers.streaming import clock_of, steps_of
+from spikeform.spikes import SpikeTrain, Thermometer
 from spikeform.spikes.trace import Firing, Product, observe
 
-MOST_ELEMENTS, MOST_TOKENS = 512, 96
+MOST_ELEMENTS, MOST_TOKENS, MOST_COLUMNS = 512, 96, 1632
 POSITIVE, NEGATIVE, GRID = "#1f5fa8", "#c8452c", "#d9d9d9"
 LEGEND: dict[str, Any] = {
     "loc": "lower right",
@@ -32,7 +33,8 @@ class Raster:
     Attributes:
         path: The image.
         site: The population.
-        spikes: Spikes drawn, ``positive`` + ``negative``; equal to ``train.count()`` over what is shown.
+        spikes: Spikes drawn, ``positive`` + ``negative``; equal to ``train.count()`` over what is shown, of all
+            steps where steps are rows of the batch.
         positive: Spikes above zero.
         negative: Spikes below zero.
         tokens: Tokens shown.
@@ -71,13 +73,15 @@ def raster(
 ) -> Raster:
     """Draw the literal spikes that one site sends or receives for the first row of ``ids``.
 
-    Time runs to the right, token by token and step by step within a token; each line is a channel.
+    Time runs to the right, token by token and step by step within a token; each line is a channel. The steps of a
+    streaming model are those of its T streams: it reads the whole row T times, and the plot gathers what each token
+    sends in them.
 
     Args:
         model: A converted model.
         ids: Token ids ``[N, L]``; only the first row, cut to ``tokens``, is run.
-        site: A site as the energy report names it; None takes the first linear layer. Of a product of two
-            trains the first is drawn.
+        site: A site as the energy report names it; None takes the first linear layer that receives spikes, or the
+            first neuron where none does. Of a product of two trains the first is drawn.
         path: Image to write (PNG; any suffix that matplotlib knows). Its folder must exist.
         elements: Most channels to draw, the first ones.
         tokens: Most tokens to draw.
@@ -87,8 +91,8 @@ def raster(
         Path and counts.
 
     Raises:
-        SpikeformError: No such site (the message names some), no spikes at all, a bad size, or no such
-            folder.
+        SpikeformError: No such site (the message names some), no spikes at all, a bad size, no such folder, or a
+            streaming model at ``steps=0``, where it sends no spikes.
     """
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
         raise SpikeformError("ids must be a non-empty integer tensor [N, L] of token ids")
@@ -98,8 +102,13 @@ def raster(
     path = Path(path)
     if not path.absolute().parent.is_dir():
         raise SpikeformError(f"no folder {path.absolute().parent} to write the raster plot to")
+    steps = steps_of(model)
+    if clock_of(model) is not None and not steps:
+        raise SpikeformError("at steps=0 the model is the QCFS network and sends no spikes: set_steps(model, 8) first")
+    if steps * min(tokens, ids.shape[1]) > MOST_COLUMNS:
+        raise SpikeformError(f"{steps} steps a token leave room for {MOST_COLUMNS // steps} tokens: give tokens=")
     name, train = capture(model, ids[:1, :tokens], site)
-    spikes_TLC = literal(train)[:, :tokens]
+    spikes_TLC = literal(train, steps)[:, :tokens]
     shown = spikes_TLC[..., :elements]
     _draw(shown, name, path, spikes_TLC.shape[-1], labels)
     positive, negative = int((shown > 0).sum()), int((shown < 0).sum())
@@ -109,13 +118,16 @@ def raster(
 
 @torch.no_grad()
 def capture(model: nn.Module, ids: Tensor, site: str | None = None) -> tuple[str, SpikeTrain]:
-    """The first train that passes ``site`` (None: that of the first linear product) and the site's name.
+    """The first train that passes ``site`` and the site's name.
+
+    None: that of the first linear product, or of the first neuron where spikes reach no linear layer.
 
     Raises:
         SpikeformError: Nothing passes there.
     """
     seen: dict[str, None] = {}
     found: list[tuple[str, SpikeTrain]] = []
+    fired: list[tuple[str, SpikeTrain]] = []
 
     def listen(event: Product | Firing) -> None:
         seen[event.site] = None
@@ -123,6 +135,8 @@ def capture(model: nn.Module, ids: Tensor, site: str | None = None) -> tuple[str
         if event.site == site if site is not None else is_linear:
             found.append((event.site, event.operands[0] if isinstance(event, Product) else event.train))
             raise _Found
+        if site is None and not fired and isinstance(event, Firing):
+            fired.append((event.site, event.train))
 
     device = next((p.device for p in model.parameters()), ids.device)
     training = model.training
@@ -136,16 +150,21 @@ def capture(model: nn.Module, ids: Tensor, site: str | None = None) -> tuple[str
         model.train(training)
     if not seen:
         raise SpikeformError("no spikes: the model is dense; convert it first")
+    if fired:
+        return fired[0]
     some = ", ".join(list(seen)[:8]) + (" …" if len(seen) > 8 else "")
     raise SpikeformError(f"no site {site!r}; spikes pass {len(seen)} sites: {some}")
 
 
-def literal(train: SpikeTrain) -> Tensor:
+def literal(train: SpikeTrain, steps: int = 0) -> Tensor:
     """Literal spikes of the first row: int8 ``[window, tokens, channels]``; heads stand side by side.
 
-    Trains are ``[B, L, C]``, ``[B, heads, L, C]``, ``[L, C]`` or ``[C]`` (one token).
+    Trains are ``[B, L, C]``, ``[B, heads, L, C]``, ``[L, C]`` or ``[C]`` (one token); those of a streaming model
+    of T ``steps`` are ``[B*T, L, C]`` of one step each, row b*T+t is step t of row b, or ``[T*L, C]`` of one row.
     """
     spikes = train.unroll().cpu()
+    if steps and train.coding == Thermometer(1):
+        return spikes[0].unflatten(0, (steps, -1)) if train.codes.ndim == 2 else spikes[0, :steps]
     if train.codes.ndim >= 3:
         spikes = spikes[:, 0]
     if spikes.ndim > 3:

@@ -111,7 +111,12 @@ class CalibrateOptions:
     def stages(self) -> list[tuple[str, str, int, float]]:
         """Name, granularity, steps and learning rate of each stage."""
         coarse = ("coarse", "layer", self.coarse_steps, self.coarse_learning_rate)
-        fine = ("fine", self.granularity, 0 if self.granularity == "layer" else self.fine_steps, self.fine_learning_rate)
+        fine = (
+            "fine",
+            self.granularity,
+            0 if self.granularity == "layer" else self.fine_steps,
+            self.fine_learning_rate,
+        )
         return [stage for stage in (coarse, fine) if stage[2]]
 
     def to_dict(self) -> dict[str, Any]:

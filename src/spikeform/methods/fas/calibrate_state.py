@@ -1,7 +1,7 @@
 """The state of a calibration on disk: one file, replaced in one step, so that a kill at any moment leaves one whole.
 
-    calibration.json    what run the folder belongs to
-    state.safetensors   parameters, best parameters, moments of the optimiser; stage, step and history as metadata
+calibration.json    what run the folder belongs to
+state.safetensors   parameters, best parameters, moments of the optimiser; stage, step and history as metadata
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class Interrupted(SpikeformError):
     """
 
     def __init__(self, stage: str, step: int, workdir: Path | None) -> None:
-        kept = f"the state is in {workdir}: the same call with that work folder goes on" if workdir else "nothing is kept"
+        kept = (
+            f"the state is in {workdir}: the same call with that work folder goes on" if workdir else "nothing is kept"
+        )
         super().__init__(f"stopped after step {step} of the {stage} stage; {kept}")
         self.stage, self.step = stage, step
 
@@ -106,7 +108,9 @@ class Store:
                 facts = json.loads((opened.metadata() or {})["facts"])
                 return {name: opened.get_tensor(name) for name in opened.keys()}, facts  # noqa: SIM118
         except (SafetensorError, KeyError, ValueError) as error:
-            raise CalibrationError(f"{file} is damaged ({error}); delete {self.path}: calibration begins anew") from None
+            raise CalibrationError(
+                f"{file} is damaged ({error}); delete {self.path}: calibration begins anew"
+            ) from None
 
 
 def _ours(entry: Path) -> bool:

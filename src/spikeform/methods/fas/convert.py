@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,7 +28,7 @@ _REAL = {
 
 def operators(config: FAS, own: list[str]) -> las.LAS:
     """The LAS config of the few-spike operators: softmax, norms and attention's products, and nothing of ``own``."""
-    return las.LAS(steps=config.operators, activations=False, skip=(*config.skip, *own))
+    return las.LAS(steps=config.operators or 1, activations=False, skip=(*config.skip, *own))
 
 
 def prepare(model: PreTrainedModel, config: FAS) -> ConversionReport:
@@ -43,10 +42,12 @@ def prepare(model: PreTrainedModel, config: FAS) -> ConversionReport:
     for name, module, kind in walked:
         builder.visit(name, module, kind)
     if config.operators is not None:
-        builder.add_operators(walked)
+        builder.add_operators()
     if builder.neurons:
         shared = [] if config.sites == "all" else _before_the_spikes(found[0], walked)
-        install(model, builder.clock, [block for _, block in found], shared, config.granularity == "position")
+        beside = tuple(m for name, m, _ in walked if name.startswith(f"{found[0][0]}.") and name.endswith(".up_proj"))
+        positional = config.granularity == "position"
+        install(model, builder.clock, [block for _, block in found], shared, positional, beside)
     return builder.report
 
 
@@ -112,7 +113,9 @@ class _Builder:
         if pair is not None and not pair.gated:
             return SpikingLinear.from_dense(module, self._neuron(name, features, False)), f"IF, in place of {pair.act}"
         if pair is not None and (self.config.gated == "product" or everywhere):
-            return SpikingLinear.from_dense(module, self._neuron(name, features, True)), "signed IF of the gated product"
+            return SpikingLinear.from_dense(
+                module, self._neuron(name, features, True)
+            ), "signed IF of the gated product"
         if pair is not None:
             return SpikingLinear.from_dense(module, None), "real values, gated by the spikes of the activation"
         if everywhere:
@@ -136,9 +139,8 @@ class _Builder:
             if isinstance(m, nn.Linear | Conv1D)
         )
 
-    def add_operators(self, walked: list[tuple[str, nn.Module, str]]) -> None:
+    def add_operators(self) -> None:
         """LAS's neurons for softmax, norms and attention's products; the rows take their place in the report."""
-        own = [name for name, _, kind in walked if kind in ("linear", "activation", "gated_mlp")]
+        own = [name for name, _, kind in walk(self.model) if kind in ("linear", "activation", "gated_mlp")]
         rows = {row.name: row for row in las.prepare(self.model, operators(self.config, own)).rows}
         self.report.rows = [rows[r.name] if r.kind in ("norm", "attention") else r for r in self.report.rows]
-

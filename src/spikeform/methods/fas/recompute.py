@@ -39,7 +39,12 @@ def _kept_small(forward: Any) -> Any:
         now = current.get()
         then = None if now is None else replace(now)  # as it is here: the first spike changes it
         return checkpoint(
-            forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _in_pass(then)), **kwargs
+            forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing is random in evaluation mode
+            context_fn=lambda: (nullcontext(), _in_pass(then)),
+            **kwargs,
         )
 
     return run

@@ -1,0 +1,197 @@
+"""One call trains a model: a quantised one (stage 1 of FAS), or a dense one by the same rules."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spikeform.errors import ConversionError
+from spikeform.training import record, saving
+from spikeform.training.data import Data, read
+from spikeform.training.devices import processes
+from spikeform.training.errors import Interrupted, TrainingError
+from spikeform.training.examples import Stream
+from spikeform.training.neurons import streaming, trained_as_qcfs
+from spikeform.training.options import UNCHANGING, TrainOptions
+from spikeform.training.signals import StopSignals
+from spikeform.training.state import check_work, open_work, seconds_of, weights_mark
+
+Source = str | Path | Sequence[str | Path] | Tensor
+
+
+def train(
+    model: PreTrainedModel,
+    data: Source,
+    tokenizer: Any = None,
+    options: TrainOptions | None = None,
+    *,
+    out: str | Path | None = None,
+    valid: Source | None = None,
+    teacher: PreTrainedModel | None = None,
+    work: str | Path | None = None,
+    resume: bool = False,
+    keep_work: bool = False,
+    command: list[str] | None = None,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> PreTrainedModel:
+    """Train ``model`` in place, and return it.
+
+    A model converted with :class:`spikeform.FAS` is trained as its QCFS network, whatever its steps: each neuron
+    answers ``theta / L floor(L clip(x / theta, 0, 1) + 1/2)``, straight through in the backward pass, and weights
+    and thresholds learn (stage 1 of arXiv 2502.04405). A dense model is trained by the same rules without spikes.
+
+    SIGTERM or Ctrl-C saves the state and raises :class:`Interrupted`; the same call with ``resume=True`` then ends
+    with the weights that an undisturbed run would have had (bit for bit on a CPU). Several devices:
+    start the program with ``torchrun`` or ``accelerate launch``, one process a device.
+
+    Args:
+        model: A dense transformers model, or one converted with FAS.
+        data: Text files (a path or a list of them), texts (a list of strings), or token ids ``[N]``. For ``classify``
+            files of labelled sentences, as of :func:`spikeform.evaluation.load_labelled`.
+        tokenizer: Needed for anything but ids.
+        options: How; see :class:`TrainOptions`.
+        out: Folder to write at the end, whole or not at all; None: nothing is written.
+        valid: Held-out data, of the same kinds. Without it there is no held-out loss.
+        teacher: The dense model, for ``options.distil``.
+        work: Folder for the state and the tokenised text; None: ``OUT.work``, or without ``out`` a temporary one.
+        resume: Go on from the newest whole state in ``work``, or begin where there is none.
+        keep_work: Do not delete the work folder at the end.
+        command: The command line, for the manifest.
+        progress: Called with each point of the curve: step, loss, held_out_loss, perplexity or accuracy ….
+
+    Returns:
+        ``model``, its thresholds and weights trained, in fp32 and in evaluation mode. What was done is the last entry
+        of ``model.spikeform_report.history`` (of a dense model: ``model.spikeform_history``).
+
+    Raises:
+        TrainingError: Model, data and options do not fit each other, the work folder is another run's, or the loss is
+            no number any more.
+        Interrupted: Asked to stop; nothing was written to ``out``.
+        CheckpointError: ``out`` may not be written.
+    """
+    options = options or TrainOptions()
+    devices = processes()
+    _check(model, options, tokenizer, teacher, data)
+    target = None if out is None else Path(out).resolve()
+    if target is not None:
+        saving.check_target(model, target)
+    with _work_folder(work, target, keep_work) as (folder, lasts):
+        check_work(folder, resume)
+        with devices.main_process_first():  # the others find the text tokenised
+            text = read(data, options, tokenizer, model, folder)
+            held = None if valid is None else read(valid, options, tokenizer, model, folder)
+        with StopSignals() as stop, trained_as_qcfs(model), _checkpointing(model, options.gradient_checkpointing):
+            done = _run(model, options, text, held, teacher, folder, stop, progress or (lambda point: None))
+        record.keep(model, done)
+        model.eval()
+        if target is not None:
+            if devices.is_main_process:
+                saving.write(model, target, tokenizer, command)
+            devices.wait_for_everyone()
+        lasts()
+    return model
+
+
+def _run(
+    model: PreTrainedModel,
+    options: TrainOptions,
+    text: Data,
+    held: Data | None,
+    teacher: PreTrainedModel | None,
+    folder: Path,
+    stop: StopSignals,
+    notify: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    from spikeform.training.trainer import Trainer, points_of
+
+    me = processes()
+    devices = me.num_processes
+    steps = options.total_steps(text.examples.count, devices)
+    nn.Module.float(model)  # transformers forbids it to models that it takes for quantised
+    plain = {name: value for name, value in options.to_dict().items() if name not in UNCHANGING}
+    run = {"options": plain, "data": text.source, "weights": weights_mark(model), "devices": devices}
+    with me.main_process_first():
+        start = open_work(folder, run)
+    total = steps * options.batch_size * options.accumulate * devices
+    trainer = Trainer(
+        model,
+        options,
+        steps,
+        Stream(text.examples, total, options.seed),
+        held.examples if held else None,
+        teacher,
+        folder,
+        stop,
+        seconds_of(start),
+        notify if me.is_main_process else lambda point: None,
+    )
+    trainer.train(resume_from_checkpoint=str(start) if start else None)
+    done = trainer.state.global_step
+    if done < steps:
+        raise Interrupted(done, folder, stop.signal or 0)
+    curve = points_of(trainer.state.log_history)
+    return record.entry(
+        "train",
+        options.to_dict(),
+        {"train": text.source, "held_out": held.source if held else None},
+        steps,
+        trainer.seconds,
+        {k: v for k, v in curve[-1].items() if k not in ("step", "seconds", "learning_rate")},
+        neurons=len(streaming(model)),
+        devices=devices,
+        curve=curve,
+    )
+
+
+def _check(model: Any, options: TrainOptions, tokenizer: Any, teacher: Any, data: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise ConversionError(f"train takes a transformers model, got {type(model).__name__}")
+    if hasattr(model, "spikeform_report") and not streaming(model):
+        report: Any = model.spikeform_report
+        raise TrainingError(
+            f"a model converted with {report.method} cannot be trained: train the dense model, then convert"
+        )
+    if options.distil and teacher is None:
+        raise TrainingError("distil needs a teacher: give the dense model, or distil 0")
+    if options.streams and not streaming(model):
+        raise TrainingError("streams are for a model converted with FAS: a dense model has no time; set streams to 0")
+    if teacher is model:
+        raise TrainingError("the teacher is the model itself: load the dense model again, or copy it before")
+    if tokenizer is None and not (isinstance(data, Tensor) and options.task == "causal"):
+        raise TrainingError("training needs a tokenizer for anything but token ids of a causal language model")
+
+
+@contextmanager
+def _work_folder(work: str | Path | None, target: Path | None, keep: bool) -> Iterator[tuple[Path, Callable]]:
+    """The work folder, and what to call once it is no longer needed."""
+    if work is None and target is None:
+        with tempfile.TemporaryDirectory(prefix="spikeform-") as folder:
+            yield Path(folder), lambda: None
+        return
+    folder = Path(work).resolve() if work is not None else target.with_name(f"{target.name}.work")  # type: ignore
+    yield folder, (lambda: None) if keep else lambda: shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+    """Keep only the blocks' inputs in the forward pass, inside the block."""
+    if not wanted:
+        yield
+        return
+    # transformers gave the pair another name in 5.2x; the old one warns there.
+    new = hasattr(model, "activation_checkpointing_enable")
+    if new:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable() if new else model.gradient_checkpointing_disable()
