@@ -13,11 +13,11 @@ import spikeform
 from spikeform.errors import CalibrationError, ConfigError, ConversionError, NewerFormatError, SpikeformError
 from spikeform.layers.streaming import paused, running
 from spikeform.methods.fas.calibrate import CalibrateOptions, Interrupted, calibrate
-from spikeform.methods.fas.calibrate_data import Examples, read
-from spikeform.methods.fas.calibrate_options import STARTS
-from spikeform.methods.fas.calibrate_stages import Stages, parameters_of
-from spikeform.methods.fas.losses import following, teach
-from spikeform.methods.fas.recompute import recomputing
+from spikeform.methods.fas.calibration.data import Examples, read
+from spikeform.methods.fas.calibration.losses import following, teach
+from spikeform.methods.fas.calibration.options import STARTS
+from spikeform.methods.fas.calibration.recompute import recomputing
+from spikeform.methods.fas.calibration.stages import Stages, parameters_of
 from spikeform.neurons import StreamingNeuron
 
 QUICK = CalibrateOptions(coarse_steps=12, fine_steps=12, evaluate_every=4, batch_size=4, seed=3)

@@ -68,7 +68,7 @@ def run(
 
         import spikeform
         from spikeform.methods.fas.calibrate import Interrupted, calibrate
-        from spikeform.methods.fas.calibrate_data import HELD_OUT_SHARE
+        from spikeform.methods.fas.calibration.data import HELD_OUT_SHARE
         from spikeform.training.signals import StopSignals
 
         with output.task(f"loading {model}"):
@@ -111,7 +111,7 @@ def run(
 
 def _options(recipe: Path | None, settings: Any, steps: str | None, granularity: str | None) -> Any:
     """The recipe's section ``calibrate``, then each ``--set``, then ``--steps`` and ``--granularity``."""
-    from spikeform.methods.fas.calibrate_options import CalibrateOptions
+    from spikeform.methods.fas.calibration.options import CalibrateOptions
 
     typed = [f"{name}={value}" for name, value in (("steps", steps), ("granularity", granularity)) if value is not None]
     return CalibrateOptions.from_dict(read_section("calibrate", recipe, [*settings, *typed]))
@@ -140,7 +140,7 @@ def _refuse(model: str, out: Path, files: list[Path], options: Any) -> str:
 
 
 def _work(out: Path, resume: Path | None) -> Path:
-    from spikeform.methods.fas.calibrate_state import check_workdir
+    from spikeform.methods.fas.calibration.state import check_workdir
 
     folder = (resume or out.resolve().with_name(f"{out.resolve().name}.work")).resolve()
     if check_workdir(folder) and resume is None:
@@ -151,7 +151,7 @@ def _work(out: Path, resume: Path | None) -> Path:
 @contextmanager
 def _clearing(folder: Path, ours: bool) -> Iterator[None]:
     """Leave no work folder behind an error, unless there is a state in it to go on from."""
-    from spikeform.methods.fas.calibrate_state import check_workdir
+    from spikeform.methods.fas.calibration.state import check_workdir
 
     try:
         yield

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from spikeform.conversion.quantizer import attach
 from spikeform.errors import CalibrationError, ConfigError, ConversionError
 from spikeform.layers.streaming import clock_of, note_positions, running
-from spikeform.methods.fas.calibrate_data import read
-from spikeform.methods.fas.calibrate_options import GRANULARITIES, CalibrateOptions
-from spikeform.methods.fas.calibrate_stages import Material, Stages, parameters_of, set_values
-from spikeform.methods.fas.calibrate_state import Interrupted, Store, mark_of
+from spikeform.methods.fas.calibration.data import read
+from spikeform.methods.fas.calibration.options import GRANULARITIES, CalibrateOptions
+from spikeform.methods.fas.calibration.stages import Material, Stages, parameters_of, set_values
+from spikeform.methods.fas.calibration.state import Interrupted, Store, mark_of
 from spikeform.methods.fas.config import FAS
 from spikeform.neurons import StreamingNeuron
 

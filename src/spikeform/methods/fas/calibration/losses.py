@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikeform.layers.streaming import average, paused
-from spikeform.methods.fas.calibrate_data import Batch
-from spikeform.methods.fas.calibrate_options import CalibrateOptions
+from spikeform.methods.fas.calibration.data import Batch
+from spikeform.methods.fas.calibration.options import CalibrateOptions
 from spikeform.neurons import StreamingNeuron
 from spikeform.neurons.streaming import by_row
 from spikeform.spikes import SpikeTrain

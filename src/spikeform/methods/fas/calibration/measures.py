@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spikeform.methods.fas.calibrate_data import IGNORED, Batch
-from spikeform.methods.fas.calibrate_options import CalibrateOptions
-from spikeform.methods.fas.losses import divergence, following, teach
+from spikeform.methods.fas.calibration.data import IGNORED, Batch
+from spikeform.methods.fas.calibration.losses import divergence, following, teach
+from spikeform.methods.fas.calibration.options import CalibrateOptions
 from spikeform.neurons import StreamingNeuron
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from spikeform.errors import CalibrationError
-from spikeform.methods.fas.calibrate_data import Examples
-from spikeform.methods.fas.calibrate_measures import device_of, measure
-from spikeform.methods.fas.calibrate_options import STARTS, CalibrateOptions
-from spikeform.methods.fas.calibrate_state import Interrupted, Store
-from spikeform.methods.fas.losses import following, teach
-from spikeform.methods.fas.recompute import recomputing
+from spikeform.methods.fas.calibration.data import Examples
+from spikeform.methods.fas.calibration.losses import following, teach
+from spikeform.methods.fas.calibration.measures import device_of, measure
+from spikeform.methods.fas.calibration.options import STARTS, CalibrateOptions
+from spikeform.methods.fas.calibration.recompute import recomputing
+from spikeform.methods.fas.calibration.state import Interrupted, Store
 from spikeform.neurons import StreamingNeuron
 
 LEAST_SCALE, MOST_INITIAL, LOG_EVERY = 1e-3, 0.98, 10
