@@ -126,10 +126,7 @@ def install(
         block.register_forward_pre_hook(_enter, with_kwargs=True)
     blocks[0].register_forward_hook(_left_first, always_call=True)
     for part in shared:
-        marks: Any = part
-        marks.spikeform_clock, marks.spikeform_beside = clock, any(part is other for other in beside)
-        part.register_forward_pre_hook(_one_of_many, with_kwargs=True)
-        part.register_forward_hook(_many_of_one)
+        share(part, clock, any(part is other for other in beside))
     head = model.get_output_embeddings()
     last: Any = head if head is not None else model.base_model
     last.spikeform_clock = clock
@@ -139,6 +136,14 @@ def install(
         last.register_forward_hook(_after_base)
     if positions:
         note_positions(model)
+
+
+def share(part: nn.Module, clock: Clock, beside: bool = False) -> None:
+    """Compute a module of the first block once for all streams where they are still equal; see :func:`install`."""
+    marks: Any = part
+    marks.spikeform_clock, marks.spikeform_beside = clock, beside
+    part.register_forward_pre_hook(_one_of_many, with_kwargs=True)
+    part.register_forward_hook(_many_of_one)
 
 
 def note_positions(model: PreTrainedModel) -> None:

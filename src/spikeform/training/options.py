@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-from spikeform.errors import ConfigError, NewerFormatError
+from spikeform.conversion.options import Options, real, whole
+from spikeform.errors import ConfigError
 
 TASKS = ("causal", "masked", "classify")
 SCHEDULES = ("linear", "cosine", "constant")
-_REALS = ("epochs", "learning_rate", "threshold_learning_rate", "weight_decay", "warm_up", "distil", "stream_share")
 UNCHANGING = ("evaluate_every", "save_every")  # options that do not change what is learned
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(Options):
     """Options of :func:`spikeform.train`.
 
     One optimiser step sees ``batch_size x accumulate x devices`` sequences. The optimiser is AdamW (0.9, 0.95),
@@ -48,7 +48,16 @@ class TrainOptions:
         version: Of these options' meaning.
     """
 
-    VERSION: ClassVar[int] = 1
+    WHAT: ClassVar[str] = "training"
+    REALS: ClassVar[tuple[str, ...]] = (
+        "epochs",
+        "learning_rate",
+        "threshold_learning_rate",
+        "weight_decay",
+        "warm_up",
+        "distil",
+        "stream_share",
+    )
 
     task: str = "causal"
     window: int = 512
@@ -72,35 +81,24 @@ class TrainOptions:
     seed: int = 0
     version: int = 1
 
-    def __post_init__(self) -> None:
-        """Check every option.
-
-        Raises:
-            NewerFormatError: Written by a newer spikeform.
-            ConfigError: A value is out of range; the message names it.
-        """
-        _whole("version", self.version)
-        if self.version > self.VERSION:
-            raise NewerFormatError(
-                f"training options version {self.version} is newer than {self.VERSION}, the newest that this "
-                "spikeform reads; upgrade spikeform"
-            )
+    def check(self) -> None:
+        """Every option in its range."""
         for name, allowed in (("task", TASKS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("batch_size", "accumulate", "save_every"):
-            _whole(name, getattr(self, name))
-        _whole("window", self.window, 2)
-        _whole("seed", self.seed, 0)
-        _whole("streams", self.streams, 0)
+            whole(name, getattr(self, name))
+        whole("window", self.window, 2)
+        whole("seed", self.seed, 0)
+        whole("streams", self.streams, 0)
         for name in ("steps", "evaluate_every"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name))
+                whole(name, getattr(self, name))
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("give steps or epochs, not both")
-        for name in _REALS:
+        for name in self.REALS:
             if getattr(self, name) is not None:
-                _real(name, getattr(self, name), positive=name in ("learning_rate", "epochs"))
+                real(name, getattr(self, name), positive=name in ("learning_rate", "epochs"))
         if not 0 < self.stream_share < 1 or (self.streams and self.batch_size < 2):
             raise ConfigError(
                 f"stream_share is above 0 and below 1, and streams need a batch_size of at least 2; got "
@@ -112,47 +110,8 @@ class TrainOptions:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> TrainOptions:
-        """Inverse of :meth:`to_dict`; what is not named keeps its default.
-
-        Raises:
-            ConfigError: A key is unknown, or a value out of range.
-            NewerFormatError: The version is newer.
-        """
-        version = data.get("version", 1)
-        if isinstance(version, int) and version > cls.VERSION:
-            cls(version=version)  # a newer format may well have newer keys: name the version, not the key
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(map(str, data)) - set(known)):
-            raise ConfigError(f"unknown training option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-        return cls(**{name: _number(value) if name in _REALS else value for name, value in data.items()})
-
     def total_steps(self, sequences: int, devices: int) -> int:
         """Optimiser steps for a text of so many sequences."""
         if self.steps is not None:
             return self.steps
         return max(1, math.ceil((self.epochs or 1.0) * sequences / (self.batch_size * self.accumulate * devices)))
-
-
-def _whole(name: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
-
-
-def _real(name: str, value: Any, positive: bool) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (positive and value == 0):
-        raise ConfigError(f"{name} must be a number {'above' if positive else 'of at least'} 0, got {value!r}")
-
-
-def _number(value: Any) -> Any:
-    """A number that YAML took for text: it wants a point in 1.0e-3."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value

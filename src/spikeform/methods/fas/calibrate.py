@@ -16,12 +16,15 @@ from transformers import PreTrainedModel
 from spikeform.conversion.quantizer import attach
 from spikeform.errors import CalibrationError, ConfigError, ConversionError
 from spikeform.layers.streaming import clock_of, note_positions, running
+from spikeform.methods.fas import operators
 from spikeform.methods.fas.calibration.data import read
 from spikeform.methods.fas.calibration.options import GRANULARITIES, CalibrateOptions
 from spikeform.methods.fas.calibration.stages import Material, Stages, parameters_of, set_values
 from spikeform.methods.fas.calibration.state import Interrupted, Store, mark_of
 from spikeform.methods.fas.config import FAS
 from spikeform.neurons import StreamingNeuron
+
+OPERATOR_ROWS = 32  # sequences on which the operators' thresholds are found
 
 __all__ = ["CalibrateOptions", "Interrupted", "calibrate"]
 
@@ -101,6 +104,8 @@ def calibrate(
     clock.steps = steps
     sources = {"train": examples.source, "held_out": len(held_out.rows), "validation": checked and checked.source}
     report.history = [*report.history, *(_entry(stage, options, sources, steps, better) for stage in done)]
+    if options.operators is not None:
+        operators.add(model, options.operators, [row["input_ids"][None] for row in train.rows[:OPERATOR_ROWS]])
     return model
 
 
@@ -112,6 +117,8 @@ def _checked(model: Any, options: CalibrateOptions) -> tuple[FAS, int]:
     unset = [m.site for m in model.modules() if isinstance(m, StreamingNeuron) and not m.calibrated]
     if unset:
         raise CalibrationError(f"{unset[0]} has no threshold yet: convert the model with data first")
+    if options.operators is not None and config.operators is not None:
+        raise ConfigError(f"the model has operators of {config.operators} steps already: leave operators out")
     steps = config.steps if options.steps is None else options.steps
     if not steps:
         raise ConfigError("the model has steps=0, the QCFS network, which needs no calibration: give steps, e.g. 8")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from spikeform.conversion.config import MethodConfig, choice, is_real
+from spikeform.conversion.options import whole
 from spikeform.errors import ConfigError
 
 MAX_STEPS, MAX_LEVELS = 64, 16
@@ -62,19 +63,19 @@ class FAS(MethodConfig):
 
     def check(self) -> None:
         """Every option in its range; lists become tuples."""
-        self._whole("steps", 0, MAX_STEPS)
-        self._whole("levels", 1, MAX_LEVELS)
+        whole("steps", self.steps, 0, MAX_STEPS)
+        whole("levels", self.levels, 1, MAX_LEVELS)
         choice("sites", self.sites, ("feed_forward", "all"))
         choice("gated", self.gated, ("activation", "product"))
         choice("granularity", self.granularity, ("layer", "channel", "position"))
         if not isinstance(self.per_channel, bool):
             raise ConfigError(f"per_channel must be true or false, got {self.per_channel!r}")
         if self.operators is not None:
-            self._whole("operators", 1, 16)
+            whole("operators", self.operators, 1, 16)
         if (self.granularity == "position") != (self.positions is not None):
             raise ConfigError("positions is needed with granularity position, and has no meaning without it")
         if self.positions is not None:
-            self._whole("positions", 1, 2**20)
+            whole("positions", self.positions, 1, 2**20)
         if self.threshold is not None and not (is_real(self.threshold) and 0 < self.threshold < float("inf")):
             raise ConfigError(f"threshold must be a finite number above 0, got {self.threshold!r}")
         if not is_real(self.surrogate) or not 0.5 <= self.surrogate < float("inf"):
@@ -85,8 +86,3 @@ class FAS(MethodConfig):
         if not isinstance(self.skip, list | tuple) or not all(isinstance(pattern, str) for pattern in self.skip):
             raise ConfigError(f"skip must be a list of module name patterns, got {self.skip!r}")
         self.skip = tuple(self.skip)
-
-    def _whole(self, name: str, least: int, most: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ConfigError(f"{name} must be an integer from {least} to {most}, got {value!r}")

@@ -13,7 +13,7 @@ from spikeform.conversion.kinds import blocks, feed_forward_pairs, walk
 from spikeform.errors import ConfigError
 from spikeform.layers import SpikingActivation, SpikingLinear
 from spikeform.layers.streaming import install
-from spikeform.methods import las
+from spikeform.methods.fas import operators
 from spikeform.methods.fas.config import FAS
 from spikeform.neurons import Clock, StreamingNeuron
 
@@ -24,11 +24,6 @@ _REAL = {
     "attention": "real, on each step by itself (see operators)",
     "gated_mlp": "its neuron sits inside",
 }
-
-
-def operators(config: FAS, own: list[str]) -> las.LAS:
-    """The LAS config of the few-spike operators: softmax, norms and attention's products, and nothing of ``own``."""
-    return las.LAS(steps=config.operators or 1, activations=False, skip=(*config.skip, *own))
 
 
 def prepare(model: PreTrainedModel, config: FAS) -> ConversionReport:
@@ -42,24 +37,23 @@ def prepare(model: PreTrainedModel, config: FAS) -> ConversionReport:
     for name, module, kind in walked:
         builder.visit(name, module, kind)
     if config.operators is not None:
-        builder.add_operators()
+        operators.put_in(model, config, builder.report)
     if builder.neurons:
-        shared = [] if config.sites == "all" else _before_the_spikes(found[0], walked)
+        shared = [] if config.sites == "all" else _before_the_spikes(model, found[0][0], walked)
         beside = tuple(m for name, m, _ in walked if name.startswith(f"{found[0][0]}.") and name.endswith(".up_proj"))
         positional = config.granularity == "position"
         install(model, builder.clock, [block for _, block in found], shared, positional, beside)
     return builder.report
 
 
-def _before_the_spikes(first: tuple[str, nn.Module], walked: list[tuple[str, nn.Module, str]]) -> list[nn.Module]:
+def _before_the_spikes(model: PreTrainedModel, first: str, walked: list[tuple[str, nn.Module, str]]) -> list[nn.Module]:
     """What in the first block may run before its first spike: attention as a whole, norms, linear layers."""
-    inside = [(name, module, kind) for name, module, kind in walked if name.startswith(f"{first[0]}.")]
-    attention = tuple(f"{name}." for name, _, kind in inside if kind == "attention")
-    return [
-        module
-        for name, module, kind in inside
-        if kind in ("attention", "norm", "linear") and not name.startswith(attention or ("\0",))
-    ]
+    inside = [(name, kind) for name, _, kind in walked if name.startswith(f"{first}.")]
+    attention = tuple(f"{name}." for name, kind in inside if kind == "attention")
+    names = [name for name, kind in inside if kind in ("attention", "norm", "linear")]
+    # Looked up again, as the conversion replaced some. One that receives spikes has time itself.
+    found = [model.get_submodule(name) for name in names if not (attention and name.startswith(attention))]
+    return [module for module in found if not isinstance(module, SpikingLinear)]
 
 
 class _Builder:
@@ -138,9 +132,3 @@ class _Builder:
             for m in parent.modules()
             if isinstance(m, nn.Linear | Conv1D)
         )
-
-    def add_operators(self) -> None:
-        """LAS's neurons for softmax, norms and attention's products; the rows take their place in the report."""
-        own = [name for name, _, kind in walk(self.model) if kind in ("linear", "activation", "gated_mlp")]
-        rows = {row.name: row for row in las.prepare(self.model, operators(self.config, own)).rows}
-        self.report.rows = [rows[r.name] if r.kind in ("norm", "attention") else r for r in self.report.rows]

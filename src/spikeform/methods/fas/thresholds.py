@@ -7,9 +7,8 @@ from torch import Tensor
 
 from spikeform.conversion.histogram import Histogram
 from spikeform.errors import CalibrationError
-from spikeform.methods import las
+from spikeform.methods.fas import operators
 from spikeform.methods.fas.config import FAS
-from spikeform.methods.fas.convert import operators
 from spikeform.neurons import MT, StreamingNeuron
 
 _CUTS = 40  # quarter octaves below the largest input that a threshold may lie
@@ -34,7 +33,7 @@ def fit(neuron: StreamingNeuron | MT, histogram: Histogram, config: FAS) -> floa
         CalibrationError: The inputs are not finite.
     """
     if isinstance(neuron, MT):
-        return las.fit(neuron, histogram, operators(config, []))
+        return operators.fit(neuron, histogram, config)
     if not bool(histogram.peak.isfinite().all()):
         raise CalibrationError(f"{neuron.site}: the dense model's activations are not finite on the calibration data")
     layer = _least_error(histogram.counts.sum(0, keepdim=True), histogram.peak.max()[None], config.levels)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-from spikeform.conversion.config import choice, is_real
+from spikeform.conversion.config import choice
 from spikeform.conversion.data import MAX_WINDOW
-from spikeform.errors import ConfigError, NewerFormatError
+from spikeform.conversion.options import Options, real, whole
+from spikeform.errors import ConfigError
 from spikeform.methods.fas.config import MAX_STEPS
 
 GRANULARITIES = ("layer", "channel", "position")
 STARTS = {"conversion": (1.0, 0.5), "released": (0.6, 0.2), "model": None}
-_POSITIVE = ("coarse_learning_rate", "fine_learning_rate", "temperature")
-_NOT_NEGATIVE = ("alignment", "kl")
 
 
 @dataclass(frozen=True)
-class CalibrateOptions:
+class CalibrateOptions(Options):
     """Options of :func:`spikeform.calibrate`. The paper gives the losses and the two stages; numbers are ours.
 
     Args:
@@ -39,6 +37,8 @@ class CalibrateOptions:
         temperature: Of both in it; it is multiplied by its square.
         start: Where the coarse stage begins: ``conversion`` (scale 1, potential 1/2), ``released`` (0.6 and 0.2, as
             the released code for language models), or ``model`` (what the model has).
+        operators: After both stages put few-spike operators of so many steps in the place of softmax, norms and the
+            products of attention (1 to 16); None: these stay as they are.
         evaluate_every: Steps between two looks at the held-out part of the data; the best state seen is kept.
         save_every: Steps between two saves of the state, where there is a work folder.
         bf16: Multiply in bfloat16 (autocast) in the steps; looks at the held-out part are in the model's own dtype.
@@ -47,7 +47,14 @@ class CalibrateOptions:
         version: Of these options' meaning.
     """
 
-    VERSION: ClassVar[int] = 1
+    WHAT: ClassVar[str] = "calibration"
+    REALS: ClassVar[tuple[str, ...]] = (
+        "coarse_learning_rate",
+        "fine_learning_rate",
+        "temperature",
+        "alignment",
+        "kl",
+    )
 
     steps: int | None = None
     granularity: str = "channel"
@@ -63,6 +70,7 @@ class CalibrateOptions:
     kl: float = 1.0
     temperature: float = 1.0
     start: str = "conversion"
+    operators: int | None = None
     evaluate_every: int = 20
     save_every: int = 50
     bf16: bool = False
@@ -70,36 +78,25 @@ class CalibrateOptions:
     seed: int = 0
     version: int = 1
 
-    def __post_init__(self) -> None:
-        """Check every option.
-
-        Raises:
-            NewerFormatError: Written by a newer spikeform.
-            ConfigError: A value is out of range; the message names it.
-        """
-        self._whole("version", 1)
-        if self.version > self.VERSION:
-            raise NewerFormatError(
-                f"calibration options version {self.version} is newer than {self.VERSION}, the newest that this "
-                "spikeform reads; upgrade spikeform"
-            )
+    def check(self) -> None:
+        """Every option in its range."""
         choice("granularity", self.granularity, GRANULARITIES)
         choice("start", self.start, tuple(STARTS))
         if self.steps is not None:
-            self._whole("steps", 1, MAX_STEPS)
+            whole("steps", self.steps, 1, MAX_STEPS)
         if self.positions is not None:
-            self._whole("positions", 1, 2**20)
+            whole("positions", self.positions, 1, 2**20)
             if self.granularity != "position":
                 raise ConfigError("positions has a meaning with granularity position only: leave it out")
-        self._whole("window", 2, MAX_WINDOW)
+        if self.operators is not None:
+            whole("operators", self.operators, 1, 16)
+        whole("window", self.window, 2, MAX_WINDOW)
         for name in ("batch_size", "evaluate_every", "save_every"):
-            self._whole(name, 1)
+            whole(name, getattr(self, name), 1)
         for name in ("coarse_steps", "fine_steps", "seed"):
-            self._whole(name, 0)
-        for name in (*_POSITIVE, *_NOT_NEGATIVE):
-            value, least = getattr(self, name), "above 0" if name in _POSITIVE else "of at least 0"
-            if not is_real(value) or not math.isfinite(value) or value < 0 or (name in _POSITIVE and value == 0):
-                raise ConfigError(f"{name} must be a number {least}, got {value!r}")
+            whole(name, getattr(self, name), 0)
+        for name in self.REALS:
+            real(name, getattr(self, name), positive=name not in ("alignment", "kl"))
         for name in ("normalise", "bf16", "gradient_checkpointing"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -118,38 +115,3 @@ class CalibrateOptions:
             self.fine_learning_rate,
         )
         return [stage for stage in (coarse, fine) if stage[2]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> CalibrateOptions:
-        """Inverse of :meth:`to_dict`; what is not named keeps its default.
-
-        Raises:
-            ConfigError: A key is unknown, or a value out of range.
-            NewerFormatError: The version is newer.
-        """
-        version = data.get("version", 1)
-        if isinstance(version, int) and version > cls.VERSION:
-            cls(version=version)  # a newer format may well have newer keys: name the version, not the key
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(map(str, data)) - set(known)):
-            raise ConfigError(f"unknown calibration option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-        reals = (*_POSITIVE, *_NOT_NEGATIVE)
-        return cls(**{name: _number(value) if name in reals else value for name, value in data.items()})
-
-    def _whole(self, name: str, least: int, most: int | None = None) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least or (most and value > most):
-            span = f"from {least} to {most}" if most else f"of at least {least}"
-            raise ConfigError(f"{name} must be a whole number {span}, got {value!r}")
-
-
-def _number(value: Any) -> Any:
-    """A number that YAML took for text: it wants a point in 1.0e-3."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value

@@ -175,7 +175,9 @@ class Stages:
         with torch.no_grad():
             torch._foreach_clamp_min_(parameters[::2], LEAST_SCALE)
             torch._foreach_clamp_min_(parameters[1::2], 0.0)
-            torch._foreach_clamp_max_(parameters[1::2], MOST_INITIAL)
+            # Above 1/2 a signed neuron would fire against a constant input.
+            most = [0.5 if neuron.signed else MOST_INITIAL for neuron in self.neurons]
+            torch._foreach_clamp_max_(parameters[1::2], most)
         return torch.stack([loss.detach(), errors.alignment.detach(), errors.kl.detach()])
 
     def _optimizer(
