@@ -9,6 +9,7 @@ row ``b T + t`` for step t of sequence b. Hooks do that to the modules of any fa
 - a cache keeps the T streams of a sequence in its row, as T times the heads, so that whatever reorders, crops or
   allocates caches by sequence goes on to work;
 - the mean over the T streams is taken before the output head, which is linear: the same as the mean of T logits.
+  Hidden states and attentions that the user asked for are means over the streams too.
 
 With ``steps = 0`` the hooks do nothing: the network of QCFS activations is an ordinary one.
 Source: arXiv 2502.04405 (the scheme); the reductions are exact.
@@ -20,16 +21,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
 from spikeform.errors import SpikeformError
 from spikeform.layers.cache import CacheView, through
 from spikeform.neurons.streaming import Clock, Pass, StreamingNeuron, by_row, current
-
-_AVERAGED = ("last_hidden_state", "pooler_output")
-
 
 def repeat(x: Tensor, steps: int) -> Tensor:
     """``[B, ...]`` to ``[B T, ...]``, each row T times."""
@@ -84,20 +84,25 @@ class StreamCache(CacheView):
         self._steps = steps
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
-        """Append ``[B T, G, L, E]``; returns all keys and values so far, ``[B T, G, S, E]``.
-
-        Raises:
-            SpikeformError: The cache was filled with another number of steps.
-        """
+        """Append ``[B T, G, L, E]``; returns all keys and values so far, ``[B T, G, S, E]``."""
         folded = [x.unflatten(0, (-1, self._steps)).flatten(1, 2) for x in (key_states, value_states)]
-        held = self.held_keys(layer_idx)
-        if held is not None and held.shape[1] != folded[0].shape[1]:
-            raise SpikeformError(
-                f"the cache of layer {layer_idx} holds {held.shape[1]} heads, and {self._steps} streams have "
-                f"{folded[0].shape[1]}: it was filled with another number of steps; begin with a new cache"
-            )
         found = self._cache.update(*folded, layer_idx, *args, **kwargs)
         return tuple(x.unflatten(1, (self._steps, -1)).flatten(0, 1) for x in found)
+
+
+def _claim(value: Any, steps: int) -> None:
+    """Mark a cache with the steps of what fills it; T = 1 and no time at all look alike in the memory."""
+    value = value.self_attention_cache if isinstance(value, EncoderDecoderCache) else value
+    if not isinstance(value, Cache):
+        return
+    marked: Any = value
+    before = getattr(marked, "spikeform_steps", 0)
+    if before != steps:
+        if int(marked.get_seq_length()):
+            raise SpikeformError(
+                f"the cache was filled with {before} time steps, and the model runs with {steps}: begin with a new one"
+            )
+        marked.spikeform_steps = steps
 
 
 def install(
@@ -105,7 +110,6 @@ def install(
     clock: Clock,
     blocks: list[nn.Module],
     shared: list[nn.Module],
-    positions: bool = False,
     beside: tuple[nn.Module, ...] = (),
 ) -> None:
     """Give a model its time.
@@ -113,10 +117,9 @@ def install(
     Args:
         model: Its neurons share ``clock``.
         clock: Says T.
-        blocks: The repeated blocks, in order.
+        blocks: The repeated blocks, in order, all children of one module.
         shared: Modules of the first block that are computed once if they run before its first spike. Empty if spikes
             go into its attention.
-        positions: Whether neurons have parameters by position, and so must know where a pass begins.
         beside: Those of ``shared`` whose input is still without time when they run after the first spike (the up
             projection beside a spiking gate).
     """
@@ -124,18 +127,23 @@ def install(
         told: Any = block
         told.spikeform_clock, told.spikeform_first, told.spikeform_shares = clock, index == 0, bool(shared)
         block.register_forward_pre_hook(_enter, with_kwargs=True)
-    blocks[0].register_forward_hook(_left_first, always_call=True)
+        block.register_forward_hook(_leave, always_call=True)
     for part in shared:
         share(part, clock, any(part is other for other in beside))
-    head = model.get_output_embeddings()
-    last: Any = head if head is not None else model.base_model
-    last.spikeform_clock = clock
-    if head is not None:
+    # Time ends with the module that runs the blocks, unless neurons come after it (BERT's pooler and head).
+    runner: Any = next(m for m in model.modules() for c in m.children() if any(b is blocks[0] for b in c.children()))
+    head: Any = model.get_output_embeddings()
+
+    def holds(part: Any) -> bool:
+        inside = set(part.modules())
+        return all(m in inside for m in model.modules() if isinstance(m, StreamingNeuron))
+
+    last: Any = runner if holds(runner) else model.base_model
+    last.spikeform_clock, last.spikeform_ends = clock, holds(last) or head is None
+    last.register_forward_hook(_after)
+    if not last.spikeform_ends:
+        head.spikeform_clock = clock
         head.register_forward_pre_hook(_before_head)
-    else:
-        last.register_forward_hook(_after_base)
-    if positions:
-        note_positions(model)
 
 
 def share(part: nn.Module, clock: Clock, beside: bool = False) -> None:
@@ -146,31 +154,27 @@ def share(part: nn.Module, clock: Clock, beside: bool = False) -> None:
     part.register_forward_hook(_many_of_one)
 
 
-def note_positions(model: PreTrainedModel) -> None:
-    """Let neurons whose parameters go by position know where in the sequence a pass begins."""
-    base: Any = model.base_model
-    base.register_forward_pre_hook(_note_offset, with_kwargs=True)
-
-
 def _enter(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    steps = block.spikeform_clock.steps
+    steps, first = block.spikeform_clock.steps, block.spikeform_first
+    if first:
+        for value in (*args, *kwargs.values()):
+            _claim(value, steps)
     if not steps:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
-    if block.spikeform_first:
-        rows, hidden = hidden.shape[0], repeat(hidden, steps)
-        before = current.get()
-        current.set(Pass(rows * steps, block.spikeform_shares, 0 if before is None else before.offset))
-    else:
-        rows = hidden.shape[0] // steps
+    hidden = repeat(hidden, steps) if first else hidden
+    rows, length = hidden.shape[0] // steps, hidden.shape[1]
+    shares = first and block.spikeform_shares
+    current.set(Pass(rows * steps, length, shares, _positions(args, kwargs, length, hidden.device)))
     args, kwargs = args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
-    if block.spikeform_first and block.spikeform_shares:
+    if shares:
         # Attention runs on B rows: its mask and its cache stay as they are.
         return (hidden, *args), kwargs
 
     def folded(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return repeat(value, steps) if value.ndim > 1 and value.shape[0] == rows > 1 else value
+            by_sequence = value.ndim > 1 and value.shape[0] == rows and (rows > 1 or value.ndim == 2)
+            return repeat(value, steps) if by_sequence else value
         return type(value)(folded(v) for v in value) if type(value) in (tuple, list) else value
 
     args, kwargs = tuple(folded(a) for a in args), {name: folded(value) for name, value in kwargs.items()}
@@ -178,10 +182,18 @@ def _enter(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     return (hidden, *args), kwargs
 
 
-def _left_first(block: Any, args: tuple, output: Any) -> None:
-    now = current.get()
-    if now is not None:
-        now.constant = False
+def _positions(args: tuple, kwargs: dict, length: int, device: Any) -> Tensor | None:
+    told = kwargs.get("position_ids")
+    if isinstance(told, Tensor):
+        return told if told.ndim == 2 else None
+    cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+    return None if cached else torch.arange(length, device=device)[None]
+
+
+def _leave(block: Any, args: tuple, output: Any) -> None:
+    # Each block has a pass of its own, so none outlives an error, and a block may be run again by itself (gradient
+    # checkpointing does that).
+    current.set(None)
 
 
 def _constant_rows(module: Any) -> int:
@@ -222,23 +234,24 @@ def _many_of_one(module: Any, args: tuple, output: Any) -> Any:
 
 def _before_head(head: Any, args: tuple) -> tuple | None:
     steps = head.spikeform_clock.steps
-    current.set(None)
     return (average(args[0], steps), *args[1:]) if steps else None
 
 
-def _after_base(base: Any, args: tuple, output: Any) -> Any:
-    steps = base.spikeform_clock.steps
-    current.set(None)
+def _after(last: Any, args: tuple, output: Any) -> Any:
+    """Means over the streams; of hidden states and attentions too, where the user asked for them."""
+    steps = last.spikeform_clock.steps
     if not steps:
         return None
+    named = output if isinstance(output, ModelOutput) else dict(enumerate(output))
+    name = "last_hidden_state" if isinstance(output, ModelOutput) else 0
+    rows, ended = named[name].shape[0], {}
+    for key, value in named.items():
+        if isinstance(value, tuple | list):
+            ended[key] = tuple(average(x, steps) if x.shape[0] == rows else x for x in value)
+        elif isinstance(value, Tensor) and (key != name or last.spikeform_ends):
+            ended[key] = average(value, steps)
     if not isinstance(output, ModelOutput):
-        return tuple(average(value, steps) if isinstance(value, Tensor) else value for value in output)
-    for name in _AVERAGED:
-        if isinstance(output.get(name), Tensor):
-            output[name] = average(output[name], steps)
+        return tuple(ended.get(key, value) for key, value in named.items())
+    for key, value in ended.items():
+        output[key] = value
     return output
-
-
-def _note_offset(base: Any, args: tuple, kwargs: dict) -> None:
-    cache = kwargs.get("past_key_values")
-    current.set(Pass(offset=cache.get_seq_length() if cache is not None else 0))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from spikeform.spikes import SpikeTrain
 
@@ -29,7 +30,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
 
 def recorder() -> Recorder | None:
     """The active calibration recorder, or None."""
-    return _recorder.get()
+    return None if is_compiling() else _recorder.get()  # a compiled pass is neither calibrated nor watched
 
 
 class Neuron(nn.Module):

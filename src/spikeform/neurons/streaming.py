@@ -30,18 +30,20 @@ from spikeform.spikes.trace import Firing, observer
 
 @dataclass
 class Pass:
-    """What one forward pass of a streaming model knows of itself; it lives no longer than the pass.
+    """What the block that runs now knows of its pass; it lives no longer than the block runs.
 
     Args:
-        rows: B T, by which a layer that flattens rows and positions can be seen through (OPT does). 0: not known.
+        rows: B T.
+        length: Positions P of the pass.
         constant: Whether nothing varies in time yet: true from the first block's entry to the first spike. What is
             computed then is the same for all streams (see spikeform.layers.streaming).
-        offset: First position of the pass in the sequence: what is in the cache already.
+        positions: Where in its sequence each of them stands, ``[1 or B, P]``; None: nobody said.
     """
 
-    rows: int = 0
+    rows: int
+    length: int
     constant: bool = False
-    offset: int = 0
+    positions: Tensor | None = None
 
 
 current: ContextVar[Pass | None] = ContextVar("spikeform_pass", default=None)
@@ -97,9 +99,9 @@ class StreamingNeuron(ThresholdNeuron):
         super().__init__(site)
         self.clock, self.levels, self.signed, self.surrogate = clock, levels, signed, surrogate
         self.channels, self.positional = channels, positional
-        self.threshold = nn.Parameter(torch.full((channels if per_channel else 1,), float("nan")))
-        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
-        self.initial = nn.Parameter(torch.full((1,), 0.5), requires_grad=False)
+        self.threshold = nn.Parameter(torch.full((channels if per_channel else 1,), float("nan"), dtype=torch.float32))
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float32), requires_grad=False)
+        self.initial = nn.Parameter(torch.full((1,), 0.5, dtype=torch.float32), requires_grad=False)
 
     @property
     def calibrated(self) -> bool:
@@ -145,16 +147,23 @@ class StreamingNeuron(ThresholdNeuron):
         return self.threshold * self._here(self.scale, length)
 
     def _here(self, parameter: Tensor, length: int | None) -> Tensor:
+        """What holds in this pass: ``[B, P, C]`` where the sequences stand at positions of their own."""
         if parameter.ndim < 2 or length is None:
             return parameter
-        now = current.get()
-        first, known = 0 if now is None else now.offset, parameter.shape[0]
-        if first + length > known:
+        now, known = current.get(), parameter.shape[0]
+        if now is None:
+            asked, here = length, parameter[:length]
+        elif now.positions is None:
+            raise SpikeformError(f"{self.site}: the model does not tell its blocks position_ids; calibrate by channel")
+        else:
+            places = now.positions.clamp(min=0)  # some families count padding as -1
+            asked, here = int(places.max()) + 1, None
+        if asked > known:
             raise SpikeformError(
-                f"{self.site}: calibrated for {known} positions, asked for position {first + length}: parameters by "
-                "position reach no further; calibrate by channel instead"
+                f"{self.site}: calibrated for {known} positions, asked for position {asked}: parameters by position "
+                "reach no further; calibrate by channel instead"
             )
-        return parameter[first : first + length]
+        return here if here is not None else parameter[places[0] if len(places) == 1 else places]
 
     def encode(self, x: Tensor) -> SpikeTrain:
         """The spike train of ``x``: ``[B, ..., C]`` without time, ``[B T, ..., C]`` with it.
@@ -193,8 +202,13 @@ class StreamingNeuron(ThresholdNeuron):
         steps, now = self.clock.steps, current.get()
         if now is not None:
             now.constant = False
-            if self.positional and now.rows and x.ndim == 2:
-                x = x.unflatten(0, (now.rows, -1))
+            if x.ndim == 2 and x.shape[0] == now.rows * now.length:  # OPT's blocks flatten rows and positions
+                x = x.unflatten(0, (now.rows, now.length))
+            elif x.shape[0] != now.rows:
+                raise SpikeformError(
+                    f"{self.site}: {x.shape[0]} rows come in where the block has {now.rows}: rows that are no streams "
+                    "(routed to experts, say) know no time; leave its activation dense (skip)"
+                )
         if x.shape[0] % steps:
             raise SpikeformError(
                 f"{self.site}: {x.shape[0]} rows are no multiple of {steps} steps: time begins at the first block, so "
@@ -211,6 +225,7 @@ class StreamingNeuron(ThresholdNeuron):
             surrogate=self.surrogate if grad else None,
             steps=steps,
         )
+        theta = theta.repeat_interleave(steps, 0) if theta.ndim > 2 else theta
         return SpikeTrain(codes, self._quantum(theta, x), Thermometer(1))
 
     @staticmethod
@@ -236,7 +251,6 @@ class StreamingNeuron(ThresholdNeuron):
 
 def _flattened(train: SpikeTrain) -> SpikeTrain:
     """``[rows, positions, C]`` as ``[rows positions, C]``, what goes by position repeated for each row."""
-    quantum = train.quantum
-    if quantum.ndim == 3:
-        quantum = quantum.expand(train.shape[0], -1, -1).flatten(0, 1)[None]
+    unit = train.quantum[0]
+    quantum = unit.expand(train.shape).flatten(0, 1)[None] if unit.ndim > 1 else train.quantum
     return SpikeTrain(train.codes.flatten(0, 1), quantum, train.coding)

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from spikeform.spikes import SpikeTrain
 
@@ -80,4 +81,4 @@ def observe(observer: Observer) -> Iterator[None]:
 
 def observer() -> Observer | None:
     """The active observer, or None."""
-    return _observer.get()
+    return None if is_compiling() else _observer.get()  # what is compiled is not watched

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from torch.compiler import is_compiling
+
 EXECUTORS = ("temporal", "collapsed", "event")
 _forced: ContextVar[str | None] = ContextVar("spikeform_executor", default=None)
 
@@ -39,7 +41,7 @@ def explain(kind: str) -> tuple[str, str]:
     Returns:
         Name and reason.
     """
-    forced = _forced.get()
+    forced = None if is_compiling() else _forced.get()
     if forced is not None:
         return forced, "chosen by spikeform.executor"
     return "collapsed", (

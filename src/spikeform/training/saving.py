@@ -8,8 +8,8 @@ from typing import Any
 from spikeform import checkpoint
 from spikeform.checkpoint.atomic import staged
 from spikeform.checkpoint.saving import assert_may_write
+from spikeform.conversion.record import HISTORY
 from spikeform.errors import ForeignFolderError, SpikeformError
-from spikeform.training.record import HISTORY
 from spikeform.training.state import write_json
 
 RECORD = "training.json"  # beside a dense model: its history

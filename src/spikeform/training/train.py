@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spikeform.conversion import record
 from spikeform.errors import ConversionError
-from spikeform.training import record, saving
+from spikeform.training import saving
 from spikeform.training.data import Data, read
 from spikeform.training.devices import processes
 from spikeform.training.errors import Interrupted, TrainingError

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
+from spikeform.conversion import record
 from spikeform.conversion.quantizer import attach
 from spikeform.errors import CalibrationError, ConfigError, ConversionError
-from spikeform.layers.streaming import clock_of, note_positions, running
+from spikeform.layers.streaming import clock_of, running
 from spikeform.methods.fas import operators
 from spikeform.methods.fas.calibration.data import read
 from spikeform.methods.fas.calibration.options import GRANULARITIES, CalibrateOptions
@@ -96,8 +94,6 @@ def calibrate(
             set_values(neurons, given)
     fine = done[-1]["granularity"] if better else config.granularity
     fitted = replace(config, steps=steps, granularity=fine, positions=positions if fine == "position" else None)
-    if fine == "position" and config.granularity != "position":
-        note_positions(model)
     report: Any = model.spikeform_report
     attach(model, fitted, report)
     clock: Any = clock_of(model)
@@ -167,22 +163,7 @@ def _entry(
     metrics = {"before": stage["before"], "after": stage["after"], "best_step": stage["best_step"], "kept": kept}
     if stage["validation_after"] is not None:
         metrics |= {f"validation_{when}": stage[f"validation_{when}"] for when in ("before", "after")}
-    packages = {name: version(name) for name in ("torch", "transformers")}
-    return {
-        "stage": f"calibrate_{stage['name']}",
-        "options": options.to_dict(),
-        "data": sources,
-        "time_steps": steps,
-        "granularity": stage["granularity"],
-        "steps": stage["steps"],
-        "seconds": round(stage["seconds"], 1),
-        "metrics": metrics,
-        "versions": {"python": platform.python_version(), **packages},
-        "hardware": _hardware(),
-    }
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    more = {"time_steps": steps, "granularity": stage["granularity"]}
+    return record.entry(
+        f"calibrate_{stage['name']}", options.to_dict(), sources, stage["steps"], stage["seconds"], metrics, **more
+    )

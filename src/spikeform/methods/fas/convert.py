@@ -41,8 +41,7 @@ def prepare(model: PreTrainedModel, config: FAS) -> ConversionReport:
     if builder.neurons:
         shared = [] if config.sites == "all" else _before_the_spikes(model, found[0][0], walked)
         beside = tuple(m for name, m, _ in walked if name.startswith(f"{found[0][0]}.") and name.endswith(".up_proj"))
-        positional = config.granularity == "position"
-        install(model, builder.clock, [block for _, block in found], shared, positional, beside)
+        install(model, builder.clock, [block for _, block in found], shared, beside)
     return builder.report
 
 

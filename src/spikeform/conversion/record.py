@@ -1,4 +1,4 @@
-"""The record of a training run, as it stands in a model's history."""
+"""The record of what was done to a converted model, a stage an entry, as it stands in its history."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+
+_PACKAGES = ("spikeform", "torch", "transformers", "accelerate")
 
 
 def entry(
@@ -29,7 +31,6 @@ def entry(
         metrics: What was measured at the end.
         more: Other facts, such as the curve.
     """
-    packages = ("spikeform", "torch", "transformers", "accelerate")
     return {
         "stage": stage,
         "options": options,
@@ -38,7 +39,8 @@ def entry(
         "seconds": round(seconds, 1),
         "metrics": metrics,
         **more,
-        "versions": {name: found for name in packages if (found := _version(name))},
+        "versions": {"python": platform.python_version()}
+        | {name: found for name in _PACKAGES if (found := _version(name))},
         "hardware": hardware(),
     }
 
