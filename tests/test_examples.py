@@ -10,6 +10,7 @@ WORDS = {
     "convert_in_memory": ["modules spike", "bit for bit the same"],
     "convert_at_load": ["modules spike", "bit for bit the same", "step by step"],
     "energy": ["signed_digit", "ESTIMATED"],
+    "fas": ["QCFS network", "T = 8, calibrated", "saved to"],
 }
 
 

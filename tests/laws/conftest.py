@@ -10,6 +10,7 @@ import torch
 
 import families
 import spikeform
+from spikeform.neurons import StreamingNeuron
 from spikeform.pretrained.twin import outlier_twin
 
 
@@ -32,6 +33,27 @@ def spiking_of(family: str, twin: bool = False, **options):
     return spikeform.convert(model, spikeform.LAS(**{"steps": 16, **options}), calibration)
 
 
+@cache
+def streaming_of(family: str, wide: bool = True, **options):
+    """A copy converted with FAS, in fp64 unless told otherwise; what calibration finds is drawn at random."""
+    model = copy.deepcopy(dense_of(family))
+    model = model.double() if wide else model
+    options = {"steps": 4, "levels": 4, **options}
+    spikeform.convert(model, spikeform.FAS(**options), families.tokens(rows=8, length=24, seed=5))
+    return scattered(model)
+
+
+@torch.no_grad()
+def scattered(model, seed: int = 0):
+    """``model``, its IF thresholds and initial potentials as uneven as calibration may leave them."""
+    generator = torch.Generator().manual_seed(seed)
+    for neuron in model.modules():
+        if isinstance(neuron, StreamingNeuron):
+            neuron.scale.copy_(0.7 + 0.6 * torch.rand(neuron.scale.shape, generator=generator))
+            neuron.initial.copy_(0.2 + 0.6 * torch.rand(neuron.initial.shape, generator=generator))
+    return model
+
+
 @torch.no_grad()
 def logits_of(model, ids=None, **more):
     return model(input_ids=families.tokens() if ids is None else ids, **more).logits
@@ -50,6 +72,11 @@ def twin():
 @pytest.fixture(scope="session")
 def spiking():
     return spiking_of
+
+
+@pytest.fixture(scope="session")
+def streaming():
+    return streaming_of
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from spikeform.conversion.report import ConversionReport
 from spikeform.errors import ConversionError
 from spikeform.layers import SpikingLinear
 from spikeform.layers.streaming import paused
-from spikeform.neurons import MT, ThresholdNeuron
+from spikeform.neurons import MT, Neuron, ThresholdNeuron
 
 
 def transform(
@@ -29,6 +29,8 @@ def transform(
 ) -> ConversionReport:
     """Make a dense ``model`` spike, in place. Arguments and errors as of :func:`spikeform.convert`."""
     method = method_of(config)
+    if any(isinstance(module, Neuron) for module in model.modules()):
+        raise ConversionError("an earlier conversion of this model failed half way; load the dense model anew")
     batches, described = [], {}
     if calibration is not None or not _all_given(model, config):
         batches, described = windows(model, calibration, tokenizer)

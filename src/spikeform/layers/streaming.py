@@ -19,17 +19,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from spikeform.errors import SpikeformError
-from spikeform.layers.cache import CacheView, through
+from spikeform.layers.cache import StreamCache, claim, through
 from spikeform.neurons.streaming import Clock, Pass, StreamingNeuron, by_row, current
+
 
 def repeat(x: Tensor, steps: int) -> Tensor:
     """``[B, ...]`` to ``[B T, ...]``, each row T times."""
@@ -69,40 +70,6 @@ def running(model: nn.Module, steps: int) -> Iterator[None]:
 def paused(model: nn.Module) -> Any:
     """Without time in the block: a streaming model is its network of QCFS activations."""
     return running(model, 0)
-
-
-class StreamCache(CacheView):
-    """A view that folds the T streams of a sequence into the heads of its row: ``[B, T G, S, E]``.
-
-    Args:
-        cache: What keeps the memory.
-        steps: T.
-    """
-
-    def __init__(self, cache: Any, steps: int) -> None:
-        super().__init__(cache)
-        self._steps = steps
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
-        """Append ``[B T, G, L, E]``; returns all keys and values so far, ``[B T, G, S, E]``."""
-        folded = [x.unflatten(0, (-1, self._steps)).flatten(1, 2) for x in (key_states, value_states)]
-        found = self._cache.update(*folded, layer_idx, *args, **kwargs)
-        return tuple(x.unflatten(1, (self._steps, -1)).flatten(0, 1) for x in found)
-
-
-def _claim(value: Any, steps: int) -> None:
-    """Mark a cache with the steps of what fills it; T = 1 and no time at all look alike in the memory."""
-    value = value.self_attention_cache if isinstance(value, EncoderDecoderCache) else value
-    if not isinstance(value, Cache):
-        return
-    marked: Any = value
-    before = getattr(marked, "spikeform_steps", 0)
-    if before != steps:
-        if int(marked.get_seq_length()):
-            raise SpikeformError(
-                f"the cache was filled with {before} time steps, and the model runs with {steps}: begin with a new one"
-            )
-        marked.spikeform_steps = steps
 
 
 def install(
@@ -158,7 +125,7 @@ def _enter(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     steps, first = block.spikeform_clock.steps, block.spikeform_first
     if first:
         for value in (*args, *kwargs.values()):
-            _claim(value, steps)
+            claim(value, steps)
     if not steps:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
@@ -166,6 +133,9 @@ def _enter(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     rows, length = hidden.shape[0] // steps, hidden.shape[1]
     shares = first and block.spikeform_shares
     current.set(Pass(rows * steps, length, shares, _positions(args, kwargs, length, hidden.device)))
+    checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+    if checkpoint is not None and not isinstance(checkpoint, _Checkpoint):
+        block._gradient_checkpointing_func = _Checkpoint(checkpoint)
     args, kwargs = args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
     if shares:
         # Attention runs on B rows: its mask and its cache stay as they are.
@@ -190,10 +160,31 @@ def _positions(args: tuple, kwargs: dict, length: int, device: Any) -> Tensor | 
     return None if cached else torch.arange(length, device=device)[None]
 
 
+class _Checkpoint:
+    """Transformers' gradient checkpointing, whose second run, hooks left out, finds the pass of the first."""
+
+    def __init__(self, checkpoint: Any) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, forward: Any, *args: Any) -> Any:
+        now = current.get()
+        if now is None:
+            return self.checkpoint(forward, *args)
+
+        def run(*args: Any) -> Any:
+            before = current.set(replace(now))  # a copy: the first spike changes it
+            try:
+                return forward(*args)
+            finally:
+                current.reset(before)
+
+        return self.checkpoint(run, *args)
+
+
 def _leave(block: Any, args: tuple, output: Any) -> None:
-    # Each block has a pass of its own, so none outlives an error, and a block may be run again by itself (gradient
-    # checkpointing does that).
-    current.set(None)
+    # Each block has a pass of its own, so none outlives an error.
+    if block.spikeform_clock.steps:
+        current.set(None)
 
 
 def _constant_rows(module: Any) -> int:
@@ -242,16 +233,24 @@ def _after(last: Any, args: tuple, output: Any) -> Any:
     steps = last.spikeform_clock.steps
     if not steps:
         return None
-    named = output if isinstance(output, ModelOutput) else dict(enumerate(output))
+    named: dict[Any, Any] = dict(output if isinstance(output, ModelOutput) else enumerate(output))
     name = "last_hidden_state" if isinstance(output, ModelOutput) else 0
-    rows, ended = named[name].shape[0], {}
-    for key, value in named.items():
+    last_BTLD = named[name]
+    streams = last_BTLD.flatten(0, -3)  # GPT-2 gives its rows the shape of input_ids, choices (say) and all
+    mean_BLD = average(streams, steps).view(-1, *last_BTLD.shape[1:])
+
+    def ended(key: Any, value: Any) -> Any:
+        if value is last_BTLD:
+            return mean_BLD if key != name or last.spikeform_ends else value
         if isinstance(value, tuple | list):
-            ended[key] = tuple(average(x, steps) if x.shape[0] == rows else x for x in value)
-        elif isinstance(value, Tensor) and (key != name or last.spikeform_ends):
-            ended[key] = average(value, steps)
+            return tuple(ended(key, x) for x in value)
+        grown = isinstance(value, Tensor) and value.shape[0] == streams.shape[0]  # else from before time began
+        return average(value, steps) if grown else value
+
+    means = {key: ended(key, value) for key, value in named.items()}
     if not isinstance(output, ModelOutput):
-        return tuple(ended.get(key, value) for key, value in named.items())
-    for key, value in ended.items():
-        output[key] = value
+        return tuple(means.values())
+    for key, value in means.items():
+        if value is not named[key]:
+            output[key] = value
     return output

@@ -150,20 +150,20 @@ class StreamingNeuron(ThresholdNeuron):
         """What holds in this pass: ``[B, P, C]`` where the sequences stand at positions of their own."""
         if parameter.ndim < 2 or length is None:
             return parameter
-        now, known = current.get(), parameter.shape[0]
+        now = current.get()
         if now is None:
-            asked, here = length, parameter[:length]
+            places = torch.arange(length, device=parameter.device)[None]
         elif now.positions is None:
             raise SpikeformError(f"{self.site}: the model does not tell its blocks position_ids; calibrate by channel")
         else:
-            places = now.positions.clamp(min=0)  # some families count padding as -1
-            asked, here = int(places.max()) + 1, None
+            places = now.positions.to(parameter.device).clamp(min=0)  # some families count padding as -1
+        asked, known = int(places.max()) + 1, parameter.shape[0]
         if asked > known:
             raise SpikeformError(
                 f"{self.site}: calibrated for {known} positions, asked for position {asked}: parameters by position "
                 "reach no further; calibrate by channel instead"
             )
-        return here if here is not None else parameter[places[0] if len(places) == 1 else places]
+        return parameter[places[0] if len(places) == 1 else places]
 
     def encode(self, x: Tensor) -> SpikeTrain:
         """The spike train of ``x``: ``[B, ..., C]`` without time, ``[B T, ..., C]`` with it.
@@ -234,13 +234,15 @@ class StreamingNeuron(ThresholdNeuron):
         return unit if unit.numel() == 1 else unit[None]
 
     def _apply(self, fn, recurse=True):
-        # As for buffers: a model-wide .to(bfloat16) moves thresholds and leaves their dtype.
-        kept = dict(self._parameters)
+        # As for buffers: a model-wide .to(bfloat16) moves thresholds, and rounds none of them.
+        kept = {name: p.data for name, p in self._parameters.items() if p is not None}
         super()._apply(fn, recurse)
         for name, old in kept.items():
             new = self._parameters[name]
-            if old is not None and new is not None and new.dtype != torch.float32:
-                self._parameters[name] = nn.Parameter(old.data.to(new.device, torch.float32), old.requires_grad)
+            if new is not None and new.dtype != torch.float32:
+                grad, new.grad = new.grad, None
+                new.data = old.to(new.device, torch.float32)
+                new.grad = None if grad is None else grad.float()
         return self
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spikeform.conversion import ConversionReport, Row
 from spikeform.conversion.kinds import blocks, feed_forward_pairs, walk
-from spikeform.errors import ConfigError
+from spikeform.errors import ConfigError, ConversionError
 from spikeform.layers import SpikingActivation, SpikingLinear
 from spikeform.layers.streaming import install
 from spikeform.methods.fas import operators
@@ -33,9 +33,11 @@ def prepare(model: PreTrainedModel, config: FAS) -> ConversionReport:
         if not any(fnmatch(name, pattern) for name, _, _ in walked):
             raise ConfigError(f"skip: {pattern!r} names no module of {type(model).__name__} that computes something")
     found = blocks(model)
+    _refuse(model, len(found))
     builder = _Builder(model, config, tuple(f"{name}." for name, _ in found))
     for name, module, kind in walked:
         builder.visit(name, module, kind)
+    builder.mark()
     if config.operators is not None:
         operators.put_in(model, config, builder.report)
     if builder.neurons:
@@ -45,13 +47,25 @@ def prepare(model: PreTrainedModel, config: FAS) -> ConversionReport:
     return builder.report
 
 
+def _refuse(model: PreTrainedModel, blocks: int) -> None:
+    """What cannot be given time: the T streams run through one stack of blocks, each of them once."""
+    config, name = model.config.get_text_config(), type(model).__name__
+    runs = getattr(config, "num_hidden_layers", None) or blocks
+    if getattr(model.config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise ConversionError(f"{name} attends to an encoder; FAS streams one stack of blocks only")
+    if not blocks or runs != blocks:
+        raise ConversionError(f"{name} runs {runs} blocks and has {blocks}: FAS needs a stack of blocks, each run once")
+
+
 def _before_the_spikes(model: PreTrainedModel, first: str, walked: list[tuple[str, nn.Module, str]]) -> list[nn.Module]:
     """What in the first block may run before its first spike: attention as a whole, norms, linear layers."""
     inside = [(name, kind) for name, _, kind in walked if name.startswith(f"{first}.")]
     attention = tuple(f"{name}." for name, kind in inside if kind == "attention")
+    if not attention:  # of an unknown type: masks and caches are as many as its rows
+        return []
     names = [name for name, kind in inside if kind in ("attention", "norm", "linear")]
     # Looked up again, as the conversion replaced some. One that receives spikes has time itself.
-    found = [model.get_submodule(name) for name in names if not (attention and name.startswith(attention))]
+    found = [model.get_submodule(name) for name in names if not name.startswith(attention)]
     return [module for module in found if not isinstance(module, SpikingLinear)]
 
 
@@ -60,6 +74,7 @@ class _Builder:
 
     def __init__(self, model: PreTrainedModel, config: FAS, inside: tuple[str, ...]) -> None:
         self.model, self.config, self.inside = model, config, inside
+        self.begun = False  # whether the walk has come to the blocks, where time begins
         self.clock = Clock(config.steps)
         self.report = ConversionReport("fas")
         self.neurons: list[str] = []
@@ -75,6 +90,7 @@ class _Builder:
             detail = f" {type(module).__qualname__}" if kind == "unknown" else ""
             self.report.rows.append(Row(name, kind, None, _REAL[kind] + detail))
             return
+        self.begun = self.begun or name.startswith(self.inside)
         layer, reason = (None, "named in skip") if self._skipped(name) else getattr(self, f"_{kind}")(name, module)
         if layer is not None:
             skeleton = any(p.device.type == "meta" for p in self.model.parameters())
@@ -121,13 +137,33 @@ class _Builder:
             return nn.Identity(), f"its IF sits in {pair.linear}"
         if pair is not None and self.config.gated == "product":
             return None, f"real; the gated product is encoded in {pair.linear}"
-        return SpikingActivation(self._neuron(name, self._width(name), False)), "IF"
+        feeding = self._feeding(name)
+        if feeding is None:
+            return None, "no linear layer before it in its module: what it receives may be no streams"
+        if not self.begun:
+            return None, "before the first block, where time begins"
+        linear = feeding[1]
+        width = linear.weight.shape[1] if isinstance(linear, Conv1D) else linear.out_features
+        return SpikingActivation(self._neuron(name, width, False)), "IF"
 
-    def _width(self, name: str) -> int:
-        """Channels of an activation: outputs of the linear layer that stands before it in its parent."""
-        parent = self.model.get_submodule(name.rpartition(".")[0])
-        return next(
-            (m.weight.shape[1] if isinstance(m, Conv1D) else m.out_features)
-            for m in parent.modules()
-            if isinstance(m, nn.Linear | Conv1D)
-        )
+    def _feeding(self, name: str) -> tuple[str, nn.Linear | Conv1D] | None:
+        """The linear layer that stands before an activation in its parent."""
+        parent = name.rpartition(".")[0]
+        inside = self.model.get_submodule(parent).named_modules(prefix=parent)
+        return next(((n, m) for n, m in inside if isinstance(m, nn.Linear | Conv1D)), None)
+
+    def mark(self) -> None:
+        """Make sure the files cannot be loaded as the dense model: some weight must have the spiking form."""
+        if not self.neurons or any(isinstance(m, SpikingLinear) for m in self.model.modules()):
+            return
+        found = [self._feeding(site) for site in self.neurons]
+        free = {name: linear for name, linear in filter(None, found) if not self._skipped(name)}
+        if not free:
+            raise ConversionError(
+                "every linear layer beside a neuron is named in skip: nothing in the saved files would tell a program "
+                "without spikeform that this is no dense model; leave one of them out of skip"
+            )
+        for name, linear in free.items():
+            self.model.set_submodule(name, SpikingLinear.from_dense(linear, None))
+            row = Row(name, "linear", "SpikingLinear", "real values; marks the files as spiking")
+            self.report.rows = [row if r.name == name else r for r in self.report.rows]
