@@ -24,6 +24,13 @@ def kept_point(stage: dict) -> dict:
     return min(stage["curve"], key=lambda point: point["valid_loss"])
 
 
+def machine(hardware: dict) -> str:
+    """Returns what ran a stage, in words."""
+    threads = f" ({hardware['threads']} thread{'s' * (hardware['threads'] > 1)})" if "threads" in hardware else ""
+    device = f"a CPU{threads}, float32" if threads else f"one {hardware['device']}, bfloat16 autocast"
+    return f"{device}, torch {hardware['torch'].split('+')[0]}, transformers {hardware['transformers']}"
+
+
 def section(results: Path, folder: Path) -> str:
     """Returns the section, with every figure from the results and the configuration."""
     masked, classifier = read(results / "reference-bert.json"), read(results / "reference-bert-sst2.json")
@@ -32,10 +39,14 @@ def section(results: Path, folder: Path) -> str:
     books, wikitext = masked["held_out"]["books"], masked["held_out"]["wikitext"]
     test, held, settings = classifier["test"], classifier["held_out"], classifier["settings"]
     kept = next(r for r in classifier["runs"] if {k: r[k] for k in ("rate", "seed")} == classifier["kept"])
+    last = max(kept["curve"], key=lambda point: (point["held_out_accuracy"], -point["held_out_loss"]))
     rates = sorted({run["rate"] for run in classifier["runs"]})
     epochs, kept_epoch = stage["curve"][-1]["epoch"], kept_point(stage)["epoch"]
-    hardware = stage["hardware"]
+    seeds = {run["seed"] for run in classifier["runs"]}
+    chosen = "Learning rate, seed and step were" if len(classifier["runs"]) > 1 else "The step was"
     penalty = f"score penalty {stage['score_penalty']:g}" if stage["score_penalty"] else "no score penalty"
+    runs = len(classifier["runs"])
+    searched = f" (of {runs} runs over {', '.join(f'{rate:g}' for rate in rates)})" if runs > 1 else ""
 
     def size(name: str) -> str:
         files = (folder.parent / name).iterdir()
@@ -50,8 +61,9 @@ def section(results: Path, folder: Path) -> str:
 | folder | {size("bert")} | {size("bert-sst2")} |
 
 Both: {config["num_hidden_layers"]} layers × {config["hidden_size"]}, {config["num_attention_heads"]} heads, \
-feed-forward {config["intermediate_size"]} ({config["hidden_act"]}), LayerNorm after each block,
-{config["max_position_embeddings"]} learned positions, a lower-casing WordPiece vocabulary of \
+feed-forward {config["intermediate_size"]} ({config["hidden_act"]}), LayerNorm after each block, \
+{config["max_position_embeddings"]}
+learned positions, a lower-casing WordPiece vocabulary of \
 {config["vocab_size"]} that reads "it 's" and "do n't" as "it's" and "don't".
 
 bert, held-out text, in rows of [CLS], 126 tokens, [SEP], of which 19 are predicted (80% masked, 10% replaced, 10% kept;
@@ -65,22 +77,25 @@ one draw from a fixed seed); saved weights in float32. The checkpoint was chosen
 
 bert-sst2: **{test["accuracy"]:.1%}** of the {test["sentences"]} sentences of SST-2's official development set, on \
 which no choice depended.
-Learning rate, seed and step were chosen on {held["sentences"]} sentences of the training set ({held["accuracy"]:.1%} \
+{chosen} chosen on {held["sentences"]} sentences of the training set ({held["accuracy"]:.1%} \
 right there); no phrase of
 4 words or more of theirs was trained on with its label.
 
 Training of bert: the text above and, four times, the sentences of SST-2's training set without labels, in all
 {stage["unique_tokens"] / 1e6:.1f} million tokens; {epochs:.1f} epochs (kept: {kept_epoch:.1f}) in \
-{stage["seconds"]:.0f} seconds, peak rate {stage["lr"]:g}, {penalty}, masks drawn anew in each
-step. Fine-tuning: {len(classifier["runs"])} runs over rates {", ".join(f"{r:g}" for r in rates)}; kept: rate \
-{kept["rate"]:g}, seed {kept["seed"]}, {settings["epochs"]:g} epochs of batches of
-{settings["batch_size"]}, dropout {settings["dropout"]:g}, {settings["hide"]:.0%} of the words hidden. Both on \
-{hardware["device"]}, torch {hardware["torch"].split("+")[0]}, transformers {hardware["transformers"]}; rest as \
-above.
+{stage["seconds"]:.0f} seconds, peak rate {stage["lr"]:g}, {penalty}, masks
+drawn anew in each step; on {machine(stage["hardware"])}; the rest as above.
+Fine-tuning: rate {kept["rate"]:g}, seed {kept["seed"]}{searched}, kept at step {last["step"]} of {kept["steps"]}; \
+{settings["epochs"]:g} epochs of batches of
+{settings["batch_size"]}, dropout {settings["dropout"]:g}, {settings["hide"]:.0%} of the words hidden, in \
+{kept["seconds"]:.0f} seconds of a machine that did other work too;
+on {machine(classifier["hardware"])}.
 SST-2 (GLUE; Socher et al. 2013) is film reviews' sentences; the project holds none of them.
 
-    python benchmarks/train_reference.py --model bert --out DIR --minutes 6 --patience 1000
-    python benchmarks/bert_finetune.py --init DIR/bert --out DIR
+    python benchmarks/train_reference.py --model bert --out DIR --minutes {stage["minutes"]:g} --patience \
+{stage["patience"]}
+    python benchmarks/bert_finetune.py --init DIR/bert --out DIR --epochs {settings["epochs"]:g} \
+--batch-size {settings["batch_size"]} --seeds {len(seeds)} --rates {" ".join(f"{rate:g}" for rate in rates)}
 """
 
 

@@ -27,6 +27,7 @@ from reference_data import data_folder
 from train_reference import hardware, learning_rate, make_optimizer
 
 LONGEST = 96  # ids of a sentence
+POOL = 64  # batches among which sentences are sorted by length
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,13 +65,20 @@ class Sentences:
         return cls(encoded["input_ids"].to(device), lengths, torch.tensor(labels, device=device))
 
     def take(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns ids [B, S], mask [B, S] and labels [B] of some rows, S a multiple of 8."""
+        """Returns ids [B, S], mask [B, S] and labels [B] of some rows, S the length of the longest."""
         lengths = self.lengths[rows]
-        width = min(LONGEST, -(-int(lengths.max()) // 8) * 8)
+        width = int(lengths.max())
         device = self.ids.device
         rows = rows.to(device)
         mask = torch.arange(width, device=device) < lengths.to(device)[:, None]
         return self.ids[rows, :width], mask.long(), self.labels[rows]
+
+    def epoch(self, size: int, generator: torch.Generator) -> list[torch.Tensor]:
+        """Returns the rows of each batch of an epoch, in random order; sentences of a batch are alike in length."""
+        whole = torch.randperm(len(self.labels), generator=generator)[: len(self.labels) // size * size]
+        pools = [pool[self.lengths[pool].argsort()] for pool in whole.split(POOL * size)]
+        batches = [batch for pool in pools for batch in pool.split(size)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
 @torch.no_grad()
@@ -116,7 +124,7 @@ def run(arguments, tokenizer, parts: dict, rate: float, seed: int, device: str) 
     best, weights = (-1.0, 0.0), {}
     for step in range(steps):
         if step % per_epoch == 0:
-            order = torch.randperm(len(train.labels), generator=generator).split(arguments.batch_size)
+            order = train.epoch(arguments.batch_size, generator)
         ids, mask, labels = train.take(order[step % per_epoch])
         hidden = (torch.rand(ids.shape, device=device) < arguments.hide) & (ids >= len(bert_data.SPECIAL))
         for group in optimizer.param_groups:
@@ -132,6 +140,8 @@ def run(arguments, tokenizer, parts: dict, rate: float, seed: int, device: str) 
         losses.append(loss.detach())
         if step + 1 in due:
             share, held_loss = accuracy(model, parts["held_out"], device == "cuda")
+            if not math.isfinite(held_loss + losses[-1].item()):
+                raise SystemExit(f"the loss is no number any more at step {step + 1}, rate {rate}: nothing is saved")
             point = {"step": step + 1, "held_out_accuracy": round(share, 5), "held_out_loss": round(held_loss, 5)}
             curve.append(point | {"train_loss": round(torch.stack(losses).mean().item(), 5)})
             losses = []
@@ -152,6 +162,9 @@ def main() -> None:
     logging.disable_progress_bar()
     arguments = parse_arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    # On Hopper the default for masked attention is cuDNN's kernel, whose backward pass can give NaN (pytorch issue
+    # 196678, and others).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     data = data_folder(arguments.data)
     tokenizer = AutoTokenizer.from_pretrained(arguments.init)
     texts, labels = bert_data.sst2(data, "train")
@@ -200,7 +213,7 @@ def main() -> None:
         **figures,
         "settings": {k: v for k, v in vars(arguments).items() if k not in left_out},
         "kept": {k: record[k] for k in ("rate", "seed")},
-        "hardware": hardware(device),
+        "hardware": hardware(device) | ({} if device == "cuda" else {"threads": torch.get_num_threads()}),
         "runs": records,
     }
     tokenizer.backend_tokenizer.no_padding()  # what encoding set would be saved with the tokenizer

@@ -50,7 +50,9 @@ def main() -> None:
         "protocol": f"SST-2, {len(texts)} sentences of the official development set, batches of {args.batch_size} "
         f"padded to their longest; thresholds from the first {len(calibration)} training sentences of at least 8 "
         "words; float32",
-        "hardware": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.machine()}",
+        "hardware": torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "rows": [],
     }

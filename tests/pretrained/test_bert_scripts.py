@@ -88,3 +88,39 @@ def test_test_sentences(scripts, data_root):
     texts, labels = data.sst2(data_root, "test")
     assert len(texts) == 872
     assert set(labels) == {0, 1}
+
+
+@pytest.fixture
+def finetune(scripts):
+    import bert_finetune
+
+    return bert_finetune
+
+
+def test_batches_hold_sentences_alike_in_length(finetune):
+    lengths = torch.randint(3, 60, (210,), generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(60).expand(210, -1)
+    sentences = finetune.Sentences(ids, lengths, torch.zeros(210, dtype=torch.long))
+    first, again = (sentences.epoch(10, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(torch.cat(first).sort().values, torch.arange(210))
+    assert sum(int(lengths[rows].max() - lengths[rows].min()) for rows in first) / 21 < 6
+    taken, mask, _ = sentences.take(first[0])
+    assert taken.shape == mask.shape == (10, int(lengths[first[0]].max()))
+    assert torch.equal(mask.sum(1), lengths[first[0]])
+    assert len(sentences.epoch(100, torch.Generator())) == 2  # a last part of a batch is left out
+
+
+def test_a_loss_that_is_no_number_saves_nothing(finetune, tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForMaskedLM(BertConfig(vocab_size=32, max_position_embeddings=16, **size))
+    torch.nn.init.constant_(model.bert.embeddings.LayerNorm.weight, torch.nan)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(5, 32, (8, 6))
+    part = finetune.Sentences(ids, torch.full((8,), 6), torch.tensor([0, 1] * 4))
+    chosen = {"init": tmp_path, "epochs": 1, "steps": 2, "evaluations": 1, "batch_size": 4, "weight_decay": 0.1}
+    arguments = SimpleNamespace(**chosen, dropout=0.1, hide=0.1)
+    with pytest.raises(SystemExit, match="no number any more at step 2"):
+        finetune.run(arguments, TOKENIZER, {"train": part, "held_out": part}, 1e-3, 0, "cpu")
