@@ -43,7 +43,7 @@ def run(
         _check_folder(out)
         from spikeform import pretrained
 
-        name = pretrained.PREFIX + model if model in pretrained.ALL else model
+        name = pretrained.PREFIX + model if model in pretrained.CAUSAL else model
         with output.task(f"loading {model}"):
             dense, spiking = load_dense(name), load_dense(name)
             tokenizer = load_tokenizer(name)
