@@ -19,7 +19,7 @@ def run(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Dense model: hub id, folder, or embedded name (llama).")],
     out: Annotated[Path, typer.Argument(help="Folder to write; an older checkpoint of ours is replaced.")],
-    method: Annotated[str | None, typer.Option(help="Conversion method: las.")] = None,
+    method: Annotated[str | None, typer.Option(help="Conversion method: las (the default) or fas.")] = None,
     steps: Steps = None,
     calibration: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Text to find thresholds on; may be repeated.")
