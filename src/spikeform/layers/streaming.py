@@ -189,8 +189,7 @@ def _leave(block: Any, args: tuple, output: Any) -> None:
 
 def _constant_rows(module: Any) -> int:
     """B T where the streams are still equal, else 0."""
-    now = current.get()
-    if now is None or not module.spikeform_clock.steps:
+    if not module.spikeform_clock.steps or (now := current.get()) is None:
         return 0
     return now.rows if now.constant or module.spikeform_beside else 0
 
