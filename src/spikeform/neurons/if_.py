@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from spikeform.errors import SpikeformError
-from spikeform.neurons.operands import operand, positive, positive_integer
-from spikeform.neurons.scan import Rule, Scan, run
+from spikeform.neurons.operands import Rule, operand, positive, positive_integer
+from spikeform.neurons.scan import Scan, run
 
 
 class Fired(NamedTuple):

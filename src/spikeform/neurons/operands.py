@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spikeform.errors import SpikeformError
+
+
+class Rule(NamedTuple):
+    """How a scan runs: ``leak``, ``signed`` (fires -1 too), and the ``axis`` of time."""
+
+    leak: float
+    signed: bool
+    axis: int
 
 
 def potential_dtype(x: Tensor) -> torch.dtype:

@@ -18,21 +18,15 @@ import warnings
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spikeform.neurons.operands import Rule
+
 FUSED_STEPS = 64  # the kernels keep a window's spikes in one 64-bit word
-
-
-class Rule(NamedTuple):
-    """How a scan runs: ``leak``, ``signed`` (fires -1 too), and the ``axis`` of time."""
-
-    leak: float
-    signed: bool
-    axis: int
 
 
 @cache

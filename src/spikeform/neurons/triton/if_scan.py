@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from spikeform.neurons.scan import Rule
+    from spikeform.neurons.operands import Rule
 
 BLOCK = 512  # four neurons a thread: 16-byte loads, and the backward kernel still fits its registers
 UNROLL = tl.constexpr(8)  # loads of so many steps fly at once; 64 steps in one piece compile for minutes
