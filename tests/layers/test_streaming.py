@@ -154,7 +154,7 @@ def test_transformers_own_gradient_checkpointing(family, options):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     wanted = gradients(model)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # by version
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()
     found = gradients(model)
     assert wanted.keys() == found.keys()
