@@ -8,10 +8,10 @@ file holds is left out.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
+import readme_block
 from fas_costs import VARIANTS, energy_lines, full_lines, operator_lines, read, scan_lines, table, time_lines
 from fas_figure import draw
 
@@ -251,7 +251,7 @@ def _accuracy(title: str, steps: str, row: dict[str, float], dense: dict[str, fl
     return [title, steps, f"{row['test']:.2%}", below, agrees, f"{row['held_out']:.2%}"]
 
 
-def readme_block(found: list[Case]) -> str:
+def readme(found: list[Case]) -> str:
     """The short table of README.md."""
     rows = []
     for c in (c for c in found if c.variant in SHORT[c.model]):
@@ -291,13 +291,7 @@ def main() -> None:
     found = cases()
     (ROOT / "docs" / "fas_results.md").write_text(results(found), encoding="utf-8")
     draw(found, ROOT / "docs" / "figures" / "fas-curve.png")
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"README.md has lost its markers {BEGIN} and {END}")
-    block = f"{BEGIN}\n{readme_block(found)}\n{END}"
-    text = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: block, text, flags=re.DOTALL)
-    readme.write_text(text, encoding="utf-8")
+    readme_block.write(BEGIN, END, readme(found))
 
 
 if __name__ == "__main__":

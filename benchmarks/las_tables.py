@@ -9,12 +9,12 @@ cell that no file holds is "—". Files of another protocol get tables of their 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import readme_block
 from las_figure import draw
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -314,7 +314,7 @@ def curves(results: list[Result]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def readme_block(results: list[Result]) -> str:
+def readme(results: list[Result]) -> str:
     """The two tables of README.md: fidelity, and estimated energy."""
     full = [r for r in results if not r.file.endswith(SECONDARY)]
     again = {r.model: r for r in results if r.file.endswith(SECONDARY[0])}
@@ -388,13 +388,7 @@ def main() -> None:
     results = read(ROOT / "benchmarks" / "results")
     (ROOT / "docs" / "las_curves.md").write_text(curves(results), encoding="utf-8")
     draw(results, OPTIONS, ROOT / "docs" / "figures" / "las-curve.png")
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"README.md has lost its markers {BEGIN} and {END}")
-    block = f"{BEGIN}\n{readme_block(results)}\n{END}"
-    text = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: block, text, flags=re.DOTALL)
-    readme.write_text(text, encoding="utf-8")
+    readme_block.write(BEGIN, END, readme(results))
 
 
 if __name__ == "__main__":
