@@ -9,10 +9,11 @@ from safetensors import safe_open
 
 import families
 import spikeform
+from spikeform.layers.streaming import neurons_of
 from spikeform.training import Interrupted, TrainingError, TrainOptions, train
 from spikeform.training.examples import Stream, Windows
 from spikeform.training.heads import with_classifier
-from spikeform.training.neurons import streaming, thresholds
+from spikeform.training.neurons import thresholds
 from spikeform.training.tokens import from_ids
 from spikeform.training.trainer import LEAST_THRESHOLD
 
@@ -52,15 +53,15 @@ def test_thresholds_stay_positive(ids):
     found = torch.cat([t.detach() for t in thresholds(model)])
     assert found.min() == LEAST_THRESHOLD  # one at least would have become negative
     assert found.max() > 1
-    assert all(neuron.calibrated for neuron in streaming(model))
+    assert all(neuron.calibrated for neuron in neurons_of(model))
 
 
 def test_what_calibration_finds_is_left_alone(ids):
     model = converted("gpt2")
     options = TrainOptions(**QUICK | {"steps": 3}, threshold_learning_rate=0.1, streams=2, stream_share=0.5)
     train(model, ids, options=options)
-    assert {neuron.scale.item() for neuron in streaming(model)} == {1.0}
-    assert {neuron.initial.item() for neuron in streaming(model)} == {0.5}
+    assert {neuron.scale.item() for neuron in neurons_of(model)} == {1.0}
+    assert {neuron.initial.item() for neuron in neurons_of(model)} == {0.5}
 
 
 def test_a_spiking_model_is_trained_as_its_qcfs_network(ids):
@@ -69,7 +70,7 @@ def test_a_spiking_model_is_trained_as_its_qcfs_network(ids):
         train(model, ids, options=TrainOptions(**QUICK))
     a, b = (model.state_dict() for model in models)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    neuron = streaming(models[1])[0]
+    neuron = neurons_of(models[1])[0]
     assert neuron.clock.steps == models[1].config.quantization_config.steps == 4
     assert neuron.scale.tolist() == [1.0]
     assert neuron.initial.tolist() == [0.5]
@@ -147,8 +148,8 @@ def test_a_classifier_takes_over_the_body_of_a_language_model(tokenizer):
             assert torch.equal(parameter, theirs[name]), name
     assert made.config.num_labels == 3
     assert made.config.quantization_config == model.config.quantization_config
-    assert all(neuron.calibrated for neuron in streaming(made))
-    (pooler,) = [n for n in streaming(made) if "pooler" in n.site]
+    assert all(neuron.calibrated for neuron in neurons_of(made))
+    (pooler,) = [n for n in neurons_of(made) if "pooler" in n.site]
     assert pooler.threshold.item() not in (1.0, 0.5)
 
 

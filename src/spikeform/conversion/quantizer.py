@@ -21,6 +21,7 @@ from spikeform.conversion.report import ConversionReport
 from spikeform.conversion.transform import transform
 from spikeform.errors import DamagedCheckpointError
 from spikeform.layers import SpikingLinear
+from spikeform.layers.streaming import neurons_of
 from spikeform.neurons import MT, Neuron, StreamingNeuron, ThresholdNeuron
 
 
@@ -37,7 +38,7 @@ class SpikeformQuantizer(HfQuantizer):
             with torch.device("cpu"):
                 self._report = method_of(self.quantization_config).prepare(model, self.quantization_config)
             # Thresholds are fp32 whatever dtype is asked for. (Those that are buffers are anyway.)
-            if any(isinstance(module, StreamingNeuron) for module in model.modules()):
+            if neurons_of(model):
                 kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
                 model._keep_in_fp32_modules_strict = kept | {"neuron"}
             _refuse(_wrong_tensors(model, checkpoint_files or []))

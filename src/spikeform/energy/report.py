@@ -16,8 +16,7 @@ from spikeform.energy.count import Counter
 from spikeform.energy.estimate import operations, price
 from spikeform.energy.models import FP32, resolve
 from spikeform.errors import SpikeformError
-from spikeform.layers.streaming import paused, steps_of
-from spikeform.neurons import StreamingNeuron
+from spikeform.layers.streaming import neurons_of, paused, steps_of
 from spikeform.synapses import explain
 
 NOT_COUNTED = [
@@ -133,7 +132,7 @@ def energy(
     models = resolve(cost_models)
     _check(spiking, ids, batch_size, window)
     steps = steps_of(spiking)
-    if not steps and any(isinstance(module, StreamingNeuron) for module in spiking.modules()):
+    if not steps and neurons_of(spiking):
         raise SpikeformError(
             "at steps=0 the model is the QCFS network, which sends no spikes: set_steps(model, 8) first"
         )

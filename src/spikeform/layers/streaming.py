@@ -42,9 +42,14 @@ def average(x: Tensor, steps: int) -> Tensor:
     return x.unflatten(0, (-1, steps)).mean(1)
 
 
+def neurons_of(model: nn.Module) -> list[StreamingNeuron]:
+    """The streaming neurons of a model, each once; none in any other model."""
+    return [module for module in model.modules() if isinstance(module, StreamingNeuron)]
+
+
 def clock_of(model: nn.Module) -> Clock | None:
     """The clock of a streaming model, None for any other."""
-    return next((m.clock for m in model.modules() if isinstance(m, StreamingNeuron)), None)
+    return next((neuron.clock for neuron in neurons_of(model)), None)
 
 
 def steps_of(model: nn.Module) -> int:
@@ -103,7 +108,7 @@ def install(
 
     def holds(part: Any) -> bool:
         inside = set(part.modules())
-        return all(m in inside for m in model.modules() if isinstance(m, StreamingNeuron))
+        return all(neuron in inside for neuron in neurons_of(model))
 
     last: Any = runner if holds(runner) else model.base_model
     last.spikeform_clock, last.spikeform_ends = clock, holds(last) or head is None

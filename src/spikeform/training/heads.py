@@ -14,8 +14,8 @@ from spikeform.conversion import convert, method_of
 from spikeform.conversion.calibrate import calibrate
 from spikeform.conversion.data import windows
 from spikeform.conversion.quantizer import attach
+from spikeform.layers.streaming import neurons_of
 from spikeform.training.errors import TrainingError
-from spikeform.training.neurons import streaming
 
 
 def with_classifier(
@@ -45,7 +45,7 @@ def with_classifier(
         made = AutoModelForSequenceClassification.from_config(config).float()
     except ValueError as error:
         raise TrainingError(f"{type(model).__name__} has no sequence classifier in transformers") from error
-    chosen = getattr(model.config, "quantization_config", None) if streaming(model) else None
+    chosen = getattr(model.config, "quantization_config", None) if neurons_of(model) else None
     if chosen is not None:
         convert(made, replace(chosen, steps=0, threshold=1.0))  # any threshold: the body's follow
     body = made.base_model.load_state_dict(model.base_model.state_dict(), strict=False)
@@ -60,7 +60,7 @@ def _find_the_others(made: PreTrainedModel, model: PreTrainedModel, config: Any,
     """Thresholds of the neurons that the body did not bring along."""
     known = {f"{model.base_model_prefix}.{name}" for name, _ in model.base_model.named_modules()}
     new = {
-        name: neuron for name, neuron in made.named_modules() if neuron in set(streaming(made)) and name not in known
+        name: neuron for name, neuron in made.named_modules() if neuron in set(neurons_of(made)) and name not in known
     }
     for neuron in new.values():
         neuron.threshold.data.fill_(float("nan"))

@@ -7,18 +7,12 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from spikeform.layers.streaming import paused
-from spikeform.neurons import StreamingNeuron
-
-
-def streaming(model: nn.Module) -> list[StreamingNeuron]:
-    """The neurons whose thresholds are trained; none in a dense model."""
-    return [module for module in model.modules() if isinstance(module, StreamingNeuron)]
+from spikeform.layers.streaming import neurons_of, paused
 
 
 def thresholds(model: nn.Module) -> list[nn.Parameter]:
     """Their thresholds, each once."""
-    return list({id(neuron.threshold): neuron.threshold for neuron in streaming(model)}.values())
+    return list({id(neuron.threshold): neuron.threshold for neuron in neurons_of(model)}.values())
 
 
 @contextmanager
@@ -28,7 +22,7 @@ def trained_as_qcfs(model: nn.Module) -> Iterator[None]:
     What calibration fits (scale and initial potential) has no part in that pass, so it gets no gradient.
     """
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    fixed = {id(parameter) for neuron in streaming(model) for parameter in (neuron.scale, neuron.initial)}
+    fixed = {id(parameter) for neuron in neurons_of(model) for parameter in (neuron.scale, neuron.initial)}
     training = model.training
     try:
         for parameter in wanted:

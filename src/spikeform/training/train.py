@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 
 from spikeform.conversion import record
 from spikeform.errors import ConversionError
+from spikeform.layers.streaming import neurons_of
 from spikeform.training import saving
 from spikeform.training.data import Data, read
 from spikeform.training.devices import processes
 from spikeform.training.errors import Interrupted, TrainingError
 from spikeform.training.examples import Stream
-from spikeform.training.neurons import streaming, trained_as_qcfs
+from spikeform.training.neurons import trained_as_qcfs
 from spikeform.training.options import UNCHANGING, TrainOptions
 from spikeform.training.signals import StopSignals
 from spikeform.training.state import check_work, open_work, seconds_of, weights_mark
@@ -147,7 +148,7 @@ def _run(
         steps,
         trainer.seconds,
         {k: v for k, v in curve[-1].items() if k not in ("step", "seconds", "learning_rate")},
-        neurons=len(streaming(model)),
+        neurons=len(neurons_of(model)),
         devices=devices,
         curve=curve,
     )
@@ -156,14 +157,14 @@ def _run(
 def _check(model: Any, options: TrainOptions, tokenizer: Any, teacher: Any, data: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ConversionError(f"train takes a transformers model, got {type(model).__name__}")
-    if hasattr(model, "spikeform_report") and not streaming(model):
+    if hasattr(model, "spikeform_report") and not neurons_of(model):
         report: Any = model.spikeform_report
         raise TrainingError(
             f"a model converted with {report.method} cannot be trained: train the dense model, then convert"
         )
     if options.distil and teacher is None:
         raise TrainingError("distil needs a teacher: give the dense model, or distil 0")
-    if options.streams and not streaming(model):
+    if options.streams and not neurons_of(model):
         raise TrainingError("streams are for a model converted with FAS: a dense model has no time; set streams to 0")
     if teacher is model:
         raise TrainingError("the teacher is the model itself: load the dense model again, or copy it before")

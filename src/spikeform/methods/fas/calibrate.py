@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from spikeform.conversion import record
 from spikeform.conversion.quantizer import attach
 from spikeform.errors import CalibrationError, ConfigError, ConversionError
-from spikeform.layers.streaming import clock_of, running
+from spikeform.layers.streaming import clock_of, neurons_of, running
 from spikeform.methods.fas import operators
 from spikeform.methods.fas.calibration.data import read
 from spikeform.methods.fas.calibration.options import GRANULARITIES, CalibrateOptions
@@ -69,7 +69,7 @@ def calibrate(
     """
     options = options or CalibrateOptions()
     config, steps = _checked(model, options)
-    neurons = [m for m in model.modules() if isinstance(m, StreamingNeuron)]
+    neurons = neurons_of(model)
     examples = read(model, data, tokenizer, options.window)
     train, held_out = examples.split()
     checked = None if validation is None else read(model, validation, tokenizer, options.window)
@@ -110,7 +110,7 @@ def _checked(model: Any, options: CalibrateOptions) -> tuple[FAS, int]:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if not isinstance(model, PreTrainedModel) or not isinstance(config, FAS) or clock_of(model) is None:
         raise ConversionError("calibrate takes a model converted with spikeform.FAS")
-    unset = [m.site for m in model.modules() if isinstance(m, StreamingNeuron) and not m.calibrated]
+    unset = [neuron.site for neuron in neurons_of(model) if not neuron.calibrated]
     if unset:
         raise CalibrationError(f"{unset[0]} has no threshold yet: convert the model with data first")
     if options.operators is not None and config.operators is not None:

@@ -57,7 +57,8 @@ def add(model: PreTrainedModel, steps: int, batches: list[Tensor]) -> None:
     old: FAS = model.config.quantization_config
     if old.operators is not None:
         raise ConfigError(f"the model has operators of {old.operators} steps: convert the dense model for others")
-    config, clock, report = replace(old, operators=steps), clock_of(model), _report(model)
+    config, clock = replace(old, operators=steps), clock_of(model)
+    report: Any = model.spikeform_report
     put_in(model, config, report)
     first, _ = blocks(model)[0]
     if old.sites != "all" and clock is not None:
@@ -67,7 +68,3 @@ def add(model: PreTrainedModel, steps: int, batches: list[Tensor]) -> None:
     with paused(model):
         report.saturation |= calibrate(model, batches, lambda n, h: fit(n, h, config))
     attach(model, config, report)
-
-
-def _report(model: Any) -> ConversionReport:
-    return model.spikeform_report
