@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spikeform.evaluation import zeroshot as zeroshot
     from spikeform.methods import FAS as FAS
     from spikeform.methods import LAS as LAS
+    from spikeform.methods import SpikeLLM as SpikeLLM
     from spikeform.methods import CalibrateOptions as CalibrateOptions
     from spikeform.methods import calibrate as calibrate
     from spikeform.neurons import fit_few_spike as fit_few_spike
@@ -41,6 +42,7 @@ _HOMES = {
     "ConversionReport": "spikeform.conversion",
     "FAS": "spikeform.methods",
     "LAS": "spikeform.methods",
+    "SpikeLLM": "spikeform.methods",
     "SpikeTrain": "spikeform.spikes",
     "TrainOptions": "spikeform.training",
     "calibrate": "spikeform.methods",

@@ -127,6 +127,8 @@ def test_energy_is_estimated_and_beside_both_rivals(run, spiking, dense, text):
     assert "sampled from the spiking model itself" in plain
     assert "ESTIMATED" in plain
     assert "not counted:" in plain
+    assert "ACE" not in plain  # of bursts and integer weights
+    assert result.json["ace"]["per_mac"]["spiking"] == 12 * 16  # a bit a step, real weights
     for rival in ("dense", "quantised"):
         assert f"the {rival} one: " in plain
 

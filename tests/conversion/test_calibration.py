@@ -190,7 +190,7 @@ def test_a_finished_block_is_not_calibrated_again(tmp_path, monkeypatch):
     import spikeform.conversion.calibrate as module
 
     saved = []
-    monkeypatch.setattr(module._Store, "save", lambda *a: saved.append(a))
+    monkeypatch.setattr(module.Store, "save", lambda *a: saved.append(a))
     spikeform.convert(families.build("llama"), config, CALIBRATION, workdir=tmp_path)
     assert not saved
 
@@ -231,7 +231,7 @@ def test_damage_in_a_work_folder(tmp_path):
 def test_a_kill_before_the_first_block_leaves_a_folder_to_use(tmp_path):
     (tmp_path / "calibration.partial").write_text("{")
     spikeform.convert(families.build("llama"), spikeform.LAS(steps=4), CALIBRATION, workdir=tmp_path)
-    assert json.loads((tmp_path / "calibration.json").read_text())["format"] == 1
+    assert json.loads((tmp_path / "calibration.json").read_text())["format"] == 2
 
 
 def test_nothing_is_left_of_calibration(model, tmp_path):

@@ -129,7 +129,7 @@ def test_multi_level_spikes_pay_for_every_set_bit() -> None:
     assert additions(spikes, spikes.count()).tolist() == [2, 3, 1, 0]
     tally = count(Product("l", "linear", (spikes,), (10,), 40)).products["l", "linear"]
     assert (tally.accumulations, tally.level_additions) == (30, 30)
-    assert comparisons(spikes, 4, 3) == 4 * 4 * 4
+    assert comparisons(spikes, (4,), 3) == 4 * 4 * 4
 
 
 @pytest.mark.parametrize(
@@ -157,10 +157,10 @@ def test_magnitudes_are_those_that_unroll_carries(coding) -> None:
 
 def test_wire_is_the_shorter_of_bitmap_and_addresses() -> None:
     few = train([0] * 63 + [1], Radix2(8))
-    assert wire_bits(few, 64, 1, signed=False) == 6  # one address of 64 channels
-    assert wire_bits(few, 64, 400, signed=False) == 64 * 8
-    assert wire_bits(few, 64, 400, signed=True) == 64 * 9
-    assert wire_bits(train([1] * 64, SignedDigit(8)), 64, 400, signed=True) == 64 * 9 * 2
+    assert wire_bits(few, (64,), 1, signed=False) == 6  # one address of 64 channels
+    assert wire_bits(few, (64,), 400, signed=False) == 64 * 8
+    assert wire_bits(few, (64,), 400, signed=True) == 64 * 9
+    assert wire_bits(train([1] * 64, SignedDigit(8)), (64,), 400, signed=True) == 64 * 9 * 2
 
 
 def test_hooks_count_what_stays_real(toy_linear) -> None:

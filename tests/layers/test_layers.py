@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from families import difference
 from spikeform.layers import SpikingActivation, SpikingAttention, SpikingGatedMLP, SpikingLinear, SpikingNorm
-from spikeform.layers.attention import CodeCache, pack, unpack
+from spikeform.layers.attention import CodeCache
 from spikeform.neurons import MT, OAT, FixedPointHG
 from spikeform.spikes import MultiThreshold, Radix2, SignedDigit
 
@@ -201,14 +201,14 @@ def test_a_mask_longer_than_the_keys_is_cut():
 def test_packed_codes_are_the_train(coding, outlier):
     neuron = oat(coding, outlier)
     train = neuron(torch.cat([draw(200) * 8, torch.tensor([0.0, 1e9, -1e9, 63.9, -64.0])]))
-    packed = pack(train)
+    packed = neuron.pack(train)
     assert not packed.is_floating_point()
     assert packed.dtype == (torch.int16 if coding.limit < 2**14 else torch.int32)
-    back = unpack(packed, neuron)
+    back = neuron.unpack(packed)
     assert torch.equal(back.codes.float(), train.codes.float())
     assert torch.equal(back.decode(), train.decode())
     assert torch.equal(back.count(), train.count())
-    assert unpack(packed, neuron, torch.float64).decode().dtype == torch.float64
+    assert neuron.unpack(packed, torch.float64).decode().dtype == torch.float64
 
 
 def test_the_cache_is_a_view():
@@ -216,7 +216,7 @@ def test_the_cache_is_a_view():
     view = CodeCache(cache, spiking)
     k, v = draw(1, 2, 3, 8), draw(1, 2, 3, 8, seed=1)
     keys, values = view.update(k, v, 0)
-    assert torch.equal(unpack(keys, spiking.key).decode(), spiking.key(k).decode())
+    assert torch.equal(spiking.key.unpack(keys).decode(), spiking.key(k).decode())
     keys, values = view.update(draw(1, 2, 1, 8, seed=2), v[:, :, :1], 0)
     assert keys.shape == values.shape == (1, 2, 4, 8)
     assert view.get_seq_length() == cache.get_seq_length() == 4

@@ -159,9 +159,9 @@ def test_bad_multi_threshold_levels(levels):
         MultiThreshold(4, levels)
 
 
-@pytest.mark.parametrize("levels", [0, 128, True, 1.5])
+@pytest.mark.parametrize("levels", [0, 256, True, 1.5])
 def test_bad_burst_levels(levels):
-    with pytest.raises(ValueError, match="levels must be an integer from 1 to 127"):
+    with pytest.raises(ValueError, match="levels must be an integer from 1 to 255"):
         Burst(4, levels)
 
 

@@ -13,7 +13,12 @@ from spikeform.errors import ConfigError
 SECTIONS = ("train", "calibrate")  # of a recipe: the options of other verbs than convert
 
 # Text, not numbers: the method's own checks then say what is wrong with a value.
-Steps = Annotated[str | None, typer.Option(metavar="T", help="Time steps: LAS 1 to 16, FAS 0 to 64.")]
+Steps = Annotated[
+    str | None,
+    typer.Option(
+        metavar="T", help="Time steps: LAS 1 to 16, FAS 0 to 64; of SpikeLLM's salient channels 1, 2, 4 or 8."
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the method; the value is YAML. Repeatable."),

@@ -37,6 +37,14 @@ def show_fidelity(output: Output, found: Fidelity) -> None:
     output.say(f"protocol {found.protocol}", "dim")
 
 
+def size_line(size: dict[str, Any]) -> str:
+    """What the weights of the converted linear layers take, of :func:`spikeform.report.weights.coded_size`."""
+    return (
+        f"{size['layers']} converted linear layers take {size['bytes']:,} bytes, {size['ratio']:.3f} of the "
+        f"{size['bf16_bytes']:,} that they take in bf16"
+    )
+
+
 def show_energy(output: Output, report: EnergyReport) -> None:
     """Spikes, the three networks' estimated energies, and which of them is the cheapest."""
     dense_break_even = report.break_even["accumulations_per_mac"]
@@ -60,6 +68,9 @@ def show_energy(output: Output, report: EnergyReport) -> None:
     )
     if report.streaming:
         _show_streaming(output, report)
+    # The measure of networks of bursts and integer weights; for others it is in the document alone.
+    if report.ace and any("weight_bits" in row or "Burst" in row.get("coding", ()) for row in report.per_site):
+        _show_effort(output, report.ace)
     output.say(verdict(report), "bold")
 
 
@@ -86,6 +97,23 @@ def _show_streaming(output: Output, report: EnergyReport) -> None:
         rows.append({label: "bytes of weights read for a token", "times": decoding["weight_ratio"]})
         rows.append({label: "bytes of the cache of keys and values", "times": decoding["cache_ratio"]})
     output.table([{**row, "times": f"{row['times']:.2f} x"} for row in rows])
+
+
+def _show_effort(output: Output, ace: dict[str, Any]) -> None:
+    """Arithmetic computation effort, the measure of the paper on SpikeLLM."""
+    output.say()
+    label = "ACE of linear layers"
+    rows = [
+        {label: name, "a token": f"{ace['per_token'][name]:,.0f}", "a MAC": f"{value:.2f}"}
+        for name, value in ace["per_mac"].items()
+    ]
+    output.table(rows)
+    output.say(
+        "ACE: bits of the weight x bits of the activation x steps, real numbers 16 bits. It sees neither silence nor "
+        f"memory. Additions alone stand for {ace['additive_fraction']:.1%} of the multiply-accumulates of the "
+        "converted linear layers.",
+        "dim",
+    )
 
 
 def _energy_row(row: dict[str, Any]) -> dict[str, Any]:

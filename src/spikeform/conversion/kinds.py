@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -38,6 +39,7 @@ LINEAR = {"torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"}
 
 LAYER_NORM = {"torch.nn.modules.normalization.LayerNorm"}
 RMS_NORM = {
+    "torch.nn.modules.normalization.RMSNorm",
     *_family("llama", "LlamaRMSNorm"),
     *_family("mistral", "MistralRMSNorm"),
     *_family("qwen2", "Qwen2RMSNorm"),
@@ -133,7 +135,10 @@ def norm_form(module: Any) -> tuple[float, bool, float]:
     """``(eps, centred, gain offset)`` of a known norm."""
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     eps = getattr(module, "variance_epsilon", None)
-    return float(module.eps if eps is None else eps), name in LAYER_NORM, 1.0 if name in RMS_NORM_OFFSET else 0.0
+    eps = module.eps if eps is None else eps
+    if eps is None:  # torch's RMSNorm takes the machine epsilon of what it is given
+        eps = torch.finfo(torch.get_default_dtype() if module.weight is None else module.weight.dtype).eps
+    return float(eps), name in LAYER_NORM, 1.0 if name in RMS_NORM_OFFSET else 0.0
 
 
 def walk(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str]]:
@@ -168,3 +173,13 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         return []
     name, found = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     return [(f"{name}.{i}", block) for i, block in enumerate(found)]
+
+
+def heads_of(attention: Any) -> tuple[int, int]:
+    """Key/value heads and head size of an attention module."""
+    config = attention.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    for name in ("head_dim", "attention_head_size", "head_size"):
+        if getattr(attention, name, None):
+            return int(heads), int(getattr(attention, name))
+    return int(heads), config.hidden_size // config.num_attention_heads

@@ -26,15 +26,24 @@ class Method:
         fit: ``(neuron, histogram, config) -> saturated share``: set a neuron's threshold from its inputs.
         core: Kinds of modules of which it must replace at least one.
         trainable: Whether gradients pass its neurons, so that a converted model can be trained.
+        skeleton: ``(model, config) -> report``: the modules of a checkpoint of this method, where conversion ends with
+            others than ``prepare`` begins with. On the meta device too. None: ``prepare``.
+        reshape: ``(model, config, batches)``: an equivalent dense model, in place, before anything is replaced.
+        calibrate: ``(model, batches, config, workdir, progress) -> facts``: finds what the model needs from token ids,
+            in place of the histograms, ``given`` and ``fit``. The facts, JSON-able, go into the report beside the
+            data's. None: histograms.
     """
 
     name: str
     config_type: type
     prepare: Callable[[PreTrainedModel, Any], ConversionReport]
-    given: Callable[[Any, Any], bool]
-    fit: Callable[[Any, Histogram, Any], float]
+    given: Callable[[Any, Any], bool] = lambda _neuron, _config: False
+    fit: Callable[[Any, Histogram, Any], float] | None = None
     core: tuple[str, ...] = ("linear",)
     trainable: bool = False
+    skeleton: Callable[[PreTrainedModel, Any], ConversionReport] | None = None
+    reshape: Callable[[PreTrainedModel, Any, list], None] | None = None
+    calibrate: Callable[..., dict[str, Any]] | None = None
 
 
 _METHODS: dict[type, Method] = {}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from spikeform.conversion.calibrate import Progress, calibrate
 from spikeform.conversion.data import windows
-from spikeform.conversion.registry import method_of
-from spikeform.conversion.report import ConversionReport
+from spikeform.conversion.registry import Method, method_of
+from spikeform.conversion.report import ConversionReport, Row
 from spikeform.errors import ConversionError
 from spikeform.layers import SpikingLinear
 from spikeform.layers.streaming import paused
@@ -34,28 +36,56 @@ def transform(
     batches, described = [], {}
     if calibration is not None or not _all_given(model, config):
         batches, described = windows(model, calibration, tokenizer)
+    if method.reshape is not None:
+        method.reshape(model, config, batches)
     report = method.prepare(model, config)
     if not any(row.kind in method.core for row in report.replaced):
         raise ConversionError(
             f"nothing in {type(model).__name__} could be converted: no {' or '.join(method.core)} of a known type is "
             "left (see skip); the model is unchanged in function but should be loaded anew"
         )
-    neurons = [n for n in model.modules() if isinstance(n, ThresholdNeuron)]
-    open_sites = [n for n in neurons if not method.given(n, config)]
-    if open_sites:
-        with paused(model):
-            report.saturation = calibrate(
-                model, batches, lambda n, h: method.fit(n, h, config), workdir, config.to_dict(), progress
-            )
-        report.calibration = described
+    if method.calibrate is not None:
+        facts = method.calibrate(model, batches, config, workdir, progress)
+        report.calibration = described | facts
+        report.rows = [_as_it_is(row, model) for row in report.rows]
     else:
-        report.calibration = {"source": "thresholds given in the config"}
+        _thresholds(model, method, config, batches, described, report, workdir, progress)
     for module in model.modules():
         if isinstance(module, SpikingLinear):
             module.fold()
         if isinstance(module, MT):
             module.settle()
     return report
+
+
+def _thresholds(
+    model: PreTrainedModel,
+    method: Method,
+    config: Any,
+    batches: list[Tensor],
+    described: dict[str, Any],
+    report: ConversionReport,
+    workdir: str | Path | None,
+    progress: Progress | None,
+) -> None:
+    """Given by the config, or found in histograms of what the neurons receive."""
+    neurons = [n for n in model.modules() if isinstance(n, ThresholdNeuron)]
+    if not [n for n in neurons if not method.given(n, config)]:
+        report.calibration = {"source": "thresholds given in the config"}
+        return
+    fit: Any = method.fit
+    with paused(model):
+        report.saturation = calibrate(
+            model, batches, lambda n, h: fit(n, h, config), workdir, config.to_dict(), progress
+        )
+    report.calibration = described
+
+
+def _as_it_is(row: Row, model: PreTrainedModel) -> Row:
+    """The row with the layer that calibration left in place."""
+    if row.kind != "linear" or not row.replaced_by:
+        return row
+    return replace(row, replaced_by=type(model.get_submodule(row.name)).__name__)
 
 
 def _all_given(model: PreTrainedModel, config: Any) -> bool:

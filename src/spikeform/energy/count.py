@@ -3,6 +3,7 @@
 One rule for each kind of product, the same for the network that spikes and the one that multiplies:
 
 - ``linear``: a spike adds one weight row, ``fan_out`` additions of a weight. Dense: elements x fan_out.
+- ``weights``: real input, spiking weights: a weight's spike adds one activation at one output, for each row.
 - ``matmul``, run as events ``O(t) = A(t) S_B(t) + S_A(t-1) B(t)``: a spike of either train adds the *running
   sum* of the other, once for each output that it reaches, and enters its own running sum, one addition more.
 - ``hadamard``: the same, elementwise.
@@ -20,104 +21,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from spikeform.energy.codings import activation_bits, additions, comparisons, step_bits, wire_bits
+from spikeform.energy.codings import additions, comparisons, parts_of
+from spikeform.energy.linears import biased, count_linear, count_units, count_weights
 from spikeform.energy.real import RealTally, real_hooks
+from spikeform.energy.tallies import DenseTally, FiringTally, Population, ProductTally, total
+from spikeform.energy.weights import Weights, weights_of
+from spikeform.layers import SpikingLinear
 from spikeform.neurons.few_spike import FewSpikePattern
-from spikeform.spikes import Coding, SpikeTrain, Thermometer
+from spikeform.spikes import SpikeTrain, Thermometer
 from spikeform.spikes.trace import Firing, Product, observe
-
-
-@dataclass
-class Population:
-    """Sums over one train seen at one place: an operand of a product, or what a neuron sent.
-
-    ``rows`` of the batch are one window: T where a streaming network's trains pass, else 1.
-    """
-
-    coding: Coding | None = None
-    rows: int = 1
-    signed: bool = False
-    elements: int = 0
-    slots: int = 0
-    spikes: int = 0
-    wire_bits: int = 0
-
-    @property
-    def bits(self) -> int:
-        """Activation width of the quantised rival."""
-        return self.bits_in(self.rows) if self.rows > 1 else self.bits_in(None)
-
-    def bits_in(self, steps: int | None) -> int:
-        """The same where a rate code has ``steps`` steps instead of its own; other codings keep theirs."""
-        if steps and isinstance(self.coding, Thermometer):
-            return step_bits(steps, self.signed)
-        return activation_bits(self.coding, self.signed) if self.coding is not None else 1
-
-    def add(self, train: SpikeTrain, visible: Tensor | None = None, rows: int = 1) -> Tensor:
-        """Count one train and return ``train.count()``; ``visible`` (bool): elements that exist."""
-        count = train.count()
-        elements = train.codes.numel() if visible is None else int(visible.sum())
-        spikes = total(count)
-        self.coding, self.rows = train.coding, rows
-        self.signed = self.signed or bool((train.codes < 0).any())
-        self.elements += elements // rows
-        self.slots += elements * train.coding.window
-        self.spikes += spikes
-        self.wire_bits += wire_bits(train, elements, spikes, self.signed)
-        return count
-
-
-@dataclass
-class ProductTally:
-    """One product's sums over all its calls. A weight row is what a spike of one input channel adds."""
-
-    site: str
-    kind: str
-    operands: list[Population] = field(default_factory=list)
-    macs: int = 0
-    accumulations: int = 0
-    level_additions: int = 0
-    scalings: int = 0
-    running_sums: int = 0
-    row_size: int = 0
-    rows: int = 0
-    rows_fetched: int = 0
-    rows_read: int = 0
-    sent: int | None = None
-
-
-@dataclass
-class FiringTally:
-    """One neuron population's sums over all its calls."""
-
-    site: str
-    function: str
-    sent: Population = field(default_factory=Population)
-    comparisons: int = 0
-    additions: int = 0
-    saturated: int = 0
-
-
-@dataclass
-class DenseTally:
-    """What a module does in real numbers, the same in all three networks."""
-
-    site: str
-    kind: str
-    macs: int = 0
-    multiplications: int = 0
-    additions: int = 0
-    weights: int = 0
-
-
-def total(values: Tensor) -> int:
-    """Sum of integers as a Python integer."""
-    return int(values.sum(dtype=torch.int64))
 
 
 class Counter:
@@ -131,6 +47,7 @@ class Counter:
         products: Tally per (site, kind).
         firings: Tally per (site, function).
         dense: Tally per module name, filled by :meth:`watch`.
+        converted: Names of the linear layers that a conversion put in, filled by :meth:`watch`.
         real: Tally per module name, filled by :meth:`watch` if asked for.
     """
 
@@ -140,6 +57,9 @@ class Counter:
         self.products: dict[tuple[str, str], ProductTally] = {}
         self.firings: dict[tuple[str, str], FiringTally] = {}
         self.dense: dict[str, DenseTally] = {}
+        self.converted: set[str] = set()
+        self._running: list[str] = []  # modules with weights, the innermost last
+        self._integers: dict[str, Weights | None] = {}
         # Between the scores of an attention and its context, what has the shape of the scores has their mask.
         self._visible: Tensor | None = None
         self._linears = 0
@@ -161,14 +81,14 @@ class Counter:
     def _firing(self, event: Firing) -> None:
         tally = self.firings.setdefault((event.site, event.function), FiringTally(event.site, event.function))
         streams = self._streams(event.train)
-        before = tally.sent.slots, tally.sent.spikes
-        tally.sent.add(event.train, self._mask(event.train.shape), self.steps if streams else 1)
-        slots, spikes = tally.sent.slots - before[0], tally.sent.spikes - before[1]
-        tally.comparisons += comparisons(event.train, slots // event.train.coding.window, spikes)
+        visible = self._mask(event.train.shape)
+        spikes = total(tally.sent.add(event.train, visible, self.steps if streams else 1))
+        parts = parts_of(event.train, visible)
+        tally.comparisons += comparisons(event.train, parts, spikes)
         # A spike is subtracted from the potential; where the output is a function of it, it is added there. What a
         # streaming neuron receives is no window's sum yet: each step's input is added to the potential.
         tally.additions += spikes if event.function == "identity" else 2 * spikes
-        tally.additions += slots if streams else 0
+        tally.additions += sum(parts) if streams else 0
         tally.saturated += int(event.saturated)
 
     def _product(self, event: Product) -> None:
@@ -176,6 +96,7 @@ class Counter:
         tally.operands = tally.operands or [Population() for _ in event.operands]
         fan_outs, macs = self._reach(event)
         rows = self.steps if all(self._streams(train) for train in event.operands) else 1
+        weights = self._weights() if tally.converted else None
         tally.macs += macs // rows
         for position, (train, population) in enumerate(zip(event.operands, tally.operands, strict=True)):
             # Hidden elements of the probabilities, and of the factors of the softmax, do not exist.
@@ -189,12 +110,19 @@ class Counter:
             # A learned step weight is no shift: it multiplies what the spike adds.
             tally.scalings += reached if isinstance(train.coding, FewSpikePattern) else 0
             if event.kind == "linear":
-                self._rows(tally, count, event.fan_out[0], train.coding.window * rows)
+                count_linear(tally, train, count, event.fan_out[0], macs // rows, rows, weights)
+            elif event.kind == "weights":
+                count_weights(tally, train, macs, weights)
             else:
                 tally.running_sums += total(adds)
+            if event.kind != "weights":
+                count_units(tally, train, self._outputs(event), weights)
+        if event.kind == "matmul":  # a zero is taken off with the other train's sum
+            a, b = event.operands
+            tally.corrections += b.codes.numel() * biased(a) + a.codes.numel() * biased(b)
         if event.sent is not None:
             tally.sent = (tally.sent or 0) + sum(int(sent) for sent in event.sent)
-        if event.kind == "linear":
+        if tally.converted:
             self._linears += 1
         elif event.kind == "matmul":
             self._visible = self._wanted(event)
@@ -224,14 +152,17 @@ class Counter:
                 return [visible.long().sum_to_size(train.shape) for train in event.operands], total(visible)
         return list(event.fan_out), event.macs
 
-    @staticmethod
-    def _rows(tally: ProductTally, count: Tensor, fan_out: int, window: int) -> None:
-        """Weight rows of one call: fetched if their channel spikes at all, read at most once a step."""
-        per_channel = count.reshape(-1, count.shape[-1]).sum(0, dtype=torch.int64)
-        tally.row_size = fan_out
-        tally.rows += per_channel.numel()
-        tally.rows_fetched += int(per_channel.count_nonzero())
-        tally.rows_read += total(per_channel.clamp(max=window))
+    def _outputs(self, event: Product) -> int:
+        """Sums that leave the synapse, those that a mask hides left out."""
+        wanted = self._wanted(event)
+        first = event.operands[0]
+        if event.kind == "hadamard":
+            return event.macs
+        return first.codes.numel() // first.shape[-1] * event.fan_out[0] if wanted is None else total(wanted)
+
+    def _weights(self) -> Weights | None:
+        """Integers of the layer that runs; None where its weights are real."""
+        return self._integers[self._running[-1]] if self._running else None
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
@@ -255,10 +186,16 @@ class Counter:
     def _hook(self, name: str, module: nn.Module, weight: Tensor, bias: Tensor | None) -> list:
         seen: list[int] = []
 
+        if isinstance(module, SpikingLinear):
+            self.converted.add(name)
+        self._integers[name] = weights_of(module)
+
         def before(_module, _args) -> None:
             seen.append(self._linears)
+            self._running.append(name)
 
         def after(_module, _args, output) -> None:
+            self._running.pop()
             spiking = self._linears > seen.pop()
             out = output if isinstance(output, Tensor) else output[0]
             tally = self.dense.setdefault(name, DenseTally(name, type(module).__name__))

@@ -1,8 +1,8 @@
 """Pricing: counted operations and bytes times a cost model, for three networks by the same rules. All in pJ.
 
 The three networks share every site: the spiking one; the dense one in the cost model's own number format; and
-the quantised one, whose activations have as many levels as the trains (arXiv 2409.08290). Weights are the
-same in all.
+the quantised one, whose activations have as many levels as the trains (arXiv 2409.08290). Real weights are the same in
+all; integer ones are in the quantised network too, and the dense one keeps its own.
 
 What is not spiking in a streaming network runs T times, so its rivals are counted in a run of their own, the
 ``baseline``: the network of ``steps=0``, one pass. It has a fourth network, ``quantised_steps``: activations of as
@@ -12,11 +12,8 @@ many levels as T spikes have, where ``quantised`` has those of the QCFS network.
 from __future__ import annotations
 
 from spikeform.energy.count import Counter
+from spikeform.energy.memory import Lines, memory
 from spikeform.energy.models import CostModel
-
-POTENTIAL_BYTES = 4  # a membrane potential, written once and read once a window; between steps it is in a register
-
-Lines = dict[str, float]
 
 
 def compute(counter: Counter, model: CostModel, baseline: Counter | None = None) -> dict[str, Lines]:
@@ -28,22 +25,35 @@ def compute(counter: Counter, model: CostModel, baseline: Counter | None = None)
         "spiking": {
             "accumulate_weights": spiking["accumulate_weights"] * model.ac,
             "accumulate_sums": spiking["accumulate_sums"] * model.ac,
+            **{key: spiking[key] * model.ac for key in ("accumulate_activations",) if key in spiking},
             "multi_level_spikes": spiking["multi_level_additions"] * model.ac,
             "learned_step_weights": spiking["step_weight_multiplications"] * model.multiply,
             "running_sums": spiking["running_sum_additions"] * model.ac,
             "neurons": spiking["comparisons"] * model.comparison + spiking["neuron_additions"] * model.add,
+            **_units(spiking, model),
             **_real(spiking, model),
         },
         "dense": {"products": products, **real},
         "quantised": {
             "products": quantised,
             "quantise": ops["quantised"]["quantise"] * model.multiply,
+            **_units(ops["quantised"], model),
             **real,
         },
     }
     if baseline is not None:
         lines["quantised_steps"] = lines["quantised"] | {"products": _products(baseline, model, counter.steps)[1]}
     return lines
+
+
+def _units(ops: dict[str, int], model: CostModel) -> Lines:
+    """Units and zeros of integer products: the same in the spiking and in the quantised network."""
+    if "unit_multiplications" not in ops:
+        return {}
+    return {
+        "units": ops["unit_multiplications"] * model.multiply,
+        "bias_current": ops["bias_current_additions"] * model.add,
+    }
 
 
 def _real(ops: dict[str, int], model: CostModel) -> Lines:
@@ -63,8 +73,13 @@ def _products(counter: Counter, model: CostModel, steps: int | None = None) -> t
     for tally in counter.products.values():
         add = 0.0 if tally.kind == "hadamard" else model.add  # a lone product accumulates nothing
         products += tally.macs * (model.multiply + add)
-        bits = [operand.bits_in(steps) for operand in tally.operands]
-        quantised += tally.macs * (model.quantised_multiply(*bits) + add)
+        if not tally.converted:
+            bits = [operand.bits_in(steps) for operand in tally.operands]
+            quantised += tally.macs * (model.quantised_multiply(*bits) + add)
+        for (tier, weight), macs in tally.widths.items():
+            # A real operand is as wide as the multiplier.
+            width = model.significand if tier is None else tally.operands[0].tier_bits(tier, steps)
+            quantised += macs * (model.quantised_multiply(width, weight) + add)
     return products, quantised
 
 
@@ -73,21 +88,40 @@ def operations(counter: Counter, baseline: Counter | None = None) -> dict[str, d
     rival = baseline or counter
     products, firings = counter.products.values(), counter.firings.values()
     macs = {f"{kind}_macs": sum(t.macs for t in rival.products.values() if t.kind == kind) for kind in _KINDS}
+    macs["linear_macs"] += sum(t.macs for t in rival.products.values() if t.kind == "weights")
     encoded = sum(t.sent.elements for t in rival.firings.values() if t.function == "identity")
+    units = _unit_operations(counter)
     return {
         "spiking": {
             "accumulate_weights": sum(t.accumulations for t in products if t.kind == "linear"),
-            "accumulate_sums": sum(t.accumulations for t in products if t.kind != "linear"),
+            "accumulate_sums": sum(t.accumulations for t in products if not t.converted),
+            **_activations(counter),
             "multi_level_additions": sum(t.level_additions for t in products),
             "step_weight_multiplications": sum(t.scalings for t in products),
             "running_sum_additions": sum(t.running_sums for t in products),
             "comparisons": sum(t.comparisons for t in firings),
             "neuron_additions": sum(t.additions for t in firings),
+            **units,
             **_real_operations(counter),
         },
         "dense": macs | _real_operations(rival),
-        "quantised": macs | {"quantise": encoded} | _real_operations(rival),
+        "quantised": macs | {"quantise": encoded} | units | _real_operations(rival),
     }
+
+
+def _activations(counter: Counter) -> dict[str, int]:
+    """Additions of real activations at the spikes of weights, where there are such products."""
+    found = [t.accumulations for t in counter.products.values() if t.kind == "weights"]
+    return {"accumulate_activations": sum(found)} if found else {}
+
+
+def _unit_operations(counter: Counter) -> dict[str, int]:
+    """What integers need before they are real, where there are any."""
+    found = {
+        "unit_multiplications": sum(t.rescales for t in counter.products.values()),
+        "bias_current_additions": sum(t.corrections for t in counter.products.values()),
+    }
+    return found if any(found.values()) else {}
 
 
 def _real_operations(counter: Counter) -> dict[str, int]:
@@ -103,55 +137,6 @@ def _real_operations(counter: Counter) -> dict[str, int]:
 
 
 _KINDS = ("linear", "matmul", "hadamard")
-
-
-def memory(counter: Counter, model: CostModel, baseline: Counter | None = None) -> dict[str, Lines]:
-    """Energy of the memory traffic, by line, of the three networks (four, with a baseline).
-
-    Weights: from DRAM once a forward call, then from SRAM. A multiplying network reads each once (it reuses it for
-    all tokens of the call); the spiking one fetches only rows whose channel spikes, and reads a row once in every
-    step in which the channel spikes in some token: at most its spikes, and at most the window (exact at one token,
-    an upper bound at more). Activations: each operand written once and read once; with a baseline also those of
-    products that stay real. Spiking: the wire bits of its train; the potential of every neuron; and the codes of
-    both running sums of a product of two trains.
-    """
-    sram, dram = model.sram_per_byte, model.dram_per_byte
-    rival = baseline or counter
-    products = counter.products.values()
-    left = sum(t.weights for t in counter.dense.values()) * model.weight_bytes
-    fetched = sum(t.rows_fetched * t.row_size for t in products) * model.weight_bytes + left
-    read = sum(t.rows_read * t.row_size for t in products) * model.weight_bytes + left
-    operands = [(t, operand) for t in products for operand in t.operands]
-    wired = sum(operand.wire_bits for _, operand in operands) / 8
-    sums = sum(operand.elements * operand.bits for t, operand in operands if t.kind != "linear") / 8
-    potentials = sum(t.sent.elements for t in counter.firings.values()) * POTENTIAL_BYTES
-    weights = sum(t.rows * t.row_size for t in rival.products.values()) + sum(t.weights for t in rival.dense.values())
-    once = {"weights_dram": weights * model.weight_bytes * dram, "weights_sram": weights * model.weight_bytes * sram}
-    elements = sum(operand.elements for t in rival.products.values() for operand in t.operands)
-    real = _real_bytes(rival, model)
-    lines = {
-        "spiking": {
-            "weights_dram": fetched * dram,
-            "weights_sram": read * sram,
-            "spikes": 2 * wired * sram,
-            "running_sum_codes": 2 * sums * sram,
-            "potentials": 2 * potentials * sram,
-        },
-        "dense": {**once, "activations": 2 * (elements * model.activation_bytes + real) * sram},
-        "quantised": {**once, "activations": 2 * (_coded_bytes(rival) + real) * sram},
-    }
-    if baseline is not None:
-        lines["spiking"]["activations"] = 2 * _real_bytes(counter, model) * sram
-        lines["quantised_steps"] = {**once, "activations": 2 * (_coded_bytes(baseline, counter.steps) + real) * sram}
-    return lines
-
-
-def _real_bytes(counter: Counter, model: CostModel) -> float:
-    return sum(t.elements for t in counter.real.values()) * model.activation_bytes
-
-
-def _coded_bytes(counter: Counter, steps: int | None = None) -> float:
-    return sum(o.elements * o.bits_in(steps) for t in counter.products.values() for o in t.operands) / 8
 
 
 def price(counter: Counter, model: CostModel, baseline: Counter | None = None) -> dict:

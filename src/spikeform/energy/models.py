@@ -88,16 +88,16 @@ class CostModel:
         """Accumulations per MAC at which an accumulate-only network costs what the dense one does."""
         return self.mac / self.ac if self.ac else float("inf")
 
-    def quantised_multiply(self, bits_a: int, bits_b: int | None = None) -> float:
+    def quantised_multiply(self, bits_a: float, bits_b: float | None = None) -> float:
         """One multiplication in the quantised network: the array shrinks with the width of each operand.
 
-        ``multiply * (bits_a / significand) * (bits_b / significand)``; ``bits_b`` None is a weight, full
-        width. The same table supports it: int32 over int8 is 3.1 / 0.2 = 15.5, the widths' product says 16. A
+        ``multiply * (bits_a / significand) * (bits_b / significand)``; ``bits_b`` None is a real weight,
+        full width. The same table supports it: int32 over int8 is 3.1 / 0.2 = 15.5, the widths' product says 16. A
         float multiplier rounds wider operands to its significand; an integer one must grow.
 
         Args:
-            bits_a: Width of the activation.
-            bits_b: Width of the second operand, or None for a weight.
+            bits_a: Width of the activation; a mean where channels differ.
+            bits_b: Width of the second operand, or None for a real weight.
         """
         factor = 1.0
         for bits in (bits_a, self.significand if bits_b is None else bits_b):

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from spikeform.energy import streaming
+from spikeform.energy.ace import effort
 from spikeform.energy.count import Counter
 from spikeform.energy.estimate import operations, price
 from spikeform.energy.models import FP32, resolve
+from spikeform.energy.rows import kinds, sites
 from spikeform.errors import SpikeformError
 from spikeform.layers.streaming import neurons_of, paused, steps_of
+from spikeform.neurons import GIF
 from spikeform.synapses import explain
 
 NOT_COUNTED = [
@@ -29,6 +32,10 @@ NOT_COUNTED = [
     "accumulators and registers; the shift of a binary step weight (wiring)",
     "routing of spikes over a network on chip, clock, control, leakage, idle power",
 ]
+ROW_BY_ROW = (
+    "finding a row's range (its least and largest value), rotating heads, and the values' units that go into the "
+    "probabilities: in the quantised rival alike, not in the dense network, which favours both over it"
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class EnergyReport:
         per_site: One row per product, neuron population and module left real.
         per_kind: Elements, spikes, accumulations and MACs by kind of operation.
         tokens: Tokens run.
-        spikes: Spikes that all neurons sent.
+        spikes: Spikes that all neurons sent; where no neuron fires but weights are spikes, those of the weights, for
+            each row of their input.
         spikes_per_element: Spikes of one neuron in one window (a streaming neuron's are its T steps), mean over all
             neurons that fired.
         spikes_per_token: Spikes of the whole network for one token.
@@ -53,6 +61,8 @@ class EnergyReport:
         protocol: Model, data and settings that reproduce the numbers.
         accountings: Of a streaming network: what runs, and the papers' convention, by cost model.
         streaming: Of a streaming network: operations, attention, weights and cache beside one dense pass.
+        ace: Of other networks: arithmetic computation effort of the converted linear layers, beside uniform 4 and 5
+            bits and dense fp16, and the additive fraction (:func:`spikeform.energy.ace.effort`).
     """
 
     per_site: list[dict[str, Any]]
@@ -70,6 +80,7 @@ class EnergyReport:
     protocol: dict[str, Any]
     accountings: dict[str, dict[str, Any]] = field(default_factory=dict)
     streaming: dict[str, Any] = field(default_factory=dict)
+    ace: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON types."""
@@ -145,16 +156,13 @@ def energy(
             baseline = _counted(spiking, ids, batch_size, window, real=True)
     if dense is not None:
         _compare(baseline or counter, dense, ids, batch_size, window)
-    firings = [tally.sent for tally in counter.firings.values()]
-    if not firings:  # trains that no neuron announced (hand-made, or from a cache): the operands are all there is
-        firings = [operand for tally in counter.products.values() for operand in tally.operands]
-    spikes, elements, slots = (sum(getattr(p, key) for p in firings) for key in ("spikes", "elements", "slots"))
+    spikes, elements, slots = _sent(counter)
     macs = sum(tally.macs for tally in (baseline or counter).products.values())
     accumulations = sum(t.accumulations + t.level_additions for t in counter.products.values())
     estimates = {model.name: price(counter, model, baseline) for model in models}
     return EnergyReport(
-        per_site=_sites(counter),
-        per_kind=_kinds(counter),
+        per_site=sites(counter),
+        per_kind=kinds(counter),
         tokens=ids.numel(),
         spikes=spikes,
         spikes_per_element=spikes / max(elements, 1),
@@ -171,10 +179,11 @@ def energy(
             "quantised twin below 6.4% (v2, v3; T of 5 to 10) or 5.7% (v4; T = 5) of its spike slots, data "
             "movement counted",
         },
-        not_counted=(streaming.NOT_COUNTED if steps else NOT_COUNTED) + _left_out(spiking, counter),
+        not_counted=_not_counted(spiking, steps) + _left_out(spiking, counter),
         protocol=_protocol(spiking, dense, ids, batch_size, window),
         accountings=streaming.accountings(counter, baseline, estimates, models) if baseline else {},
         streaming=streaming.facts(spiking, ids[:, :window], counter, baseline) if baseline else {},
+        ace={} if baseline else effort(counter, ids.numel()),
     )
 
 
@@ -219,7 +228,7 @@ def _compare(counter: Counter, dense: nn.Module, ids: Tensor, batch_size: int, w
     if own.products:
         raise SpikeformError("the dense model sends spikes: give the model as it was before conversion")
     left = sum(tally.macs for tally in counter.dense.values())
-    ours = left + sum(t.macs for t in counter.products.values() if t.kind == "linear")
+    ours = left + sum(t.macs for t in counter.products.values() if t.converted)
     theirs = sum(tally.macs for tally in own.dense.values())
     if ours != theirs:
         raise SpikeformError(
@@ -227,70 +236,27 @@ def _compare(counter: Counter, dense: nn.Module, ids: Tensor, batch_size: int, w
         )
 
 
-def _sites(counter: Counter) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for tally in counter.products.values():
-        spikes = sum(operand.spikes for operand in tally.operands)
-        rows.append(
-            {
-                "site": tally.site,
-                "kind": tally.kind,
-                "elements": sum(operand.elements for operand in tally.operands),
-                "spikes": spikes,
-                "spikes_per_element": [o.spikes / max(o.elements, 1) for o in tally.operands],
-                "spike_rate": spikes / max(sum(operand.slots for operand in tally.operands), 1),
-                "coding": [type(operand.coding).__name__ for operand in tally.operands],
-                "quantised_bits": [operand.bits for operand in tally.operands],
-                "macs": tally.macs,
-                "accumulations": tally.accumulations,
-                "multi_level_additions": tally.level_additions,
-                "step_weight_multiplications": tally.scalings,
-                "running_sum_additions": tally.running_sums,
-                "accumulations_per_mac": (tally.accumulations + tally.level_additions) / max(tally.macs, 1),
-                "sent": tally.sent,
-            }
-        )
-    for tally in counter.firings.values():
-        sent = tally.sent
-        rows.append(
-            {
-                "site": tally.site,
-                "kind": "neuron",
-                "function": tally.function,
-                "elements": sent.elements,
-                "spikes": sent.spikes,
-                "spikes_per_element": [sent.spikes / max(sent.elements, 1)],
-                "spike_rate": sent.spikes / max(sent.slots, 1),
-                "coding": [type(sent.coding).__name__],
-                "comparisons": tally.comparisons,
-                "additions": tally.additions,
-                "saturated": tally.saturated,
-            }
-        )
-    for tally in counter.dense.values():
-        rows.append({**asdict(tally), "kind": "real", "module": tally.kind})
-    for tally in counter.real.values():
-        if tally.macs or tally.multiplications:  # linear layers have a row already
-            rows.append({**asdict(tally), "kind": "real", "module": tally.kind})
-    return rows
+def _sent(counter: Counter) -> tuple[int, int, int]:
+    """Spikes, elements and slots of all neurons.
+
+    Where no neuron announced a train (hand-made ones, or from a cache; spiking weights) those of the operands; a
+    weight's spikes are sent for each row of its input.
+    """
+    sums = [(t.sent.spikes, t.sent.elements, t.sent.slots) for t in counter.firings.values()]
+    for tally in () if sums else counter.products.values():
+        if tally.kind == "weights":
+            slots = tally.operands[0].slots * tally.macs // tally.operands[0].elements
+            sums.append((tally.accumulations, tally.macs, slots))
+        else:
+            sums += [(p.spikes, p.elements, p.slots) for p in tally.operands]
+    spikes, elements, slots = (sum(values) for values in zip(*sums, strict=True))
+    return spikes, elements, slots
 
 
-def _kinds(counter: Counter) -> dict[str, dict[str, int]]:
-    kinds: dict[str, Histogram] = {}
-    keys = (
-        "elements",
-        "spikes",
-        "macs",
-        "accumulations",
-        "comparisons",
-        "additions",
-        "saturated",
-        "multiplications",
-    )
-    for row in _sites(counter):
-        name = f"neuron:{row['function']}" if row["kind"] == "neuron" else row["kind"]
-        kinds.setdefault(name, Histogram()).update({key: row[key] for key in keys if key in row})
-    return {name: dict(values) for name, values in kinds.items()}
+def _not_counted(model: nn.Module, steps: int) -> list[str]:
+    if steps:
+        return streaming.NOT_COUNTED
+    return [*NOT_COUNTED, ROW_BY_ROW] if any(isinstance(m, GIF) for m in model.modules()) else NOT_COUNTED
 
 
 def _left_out(model: nn.Module, counter: Counter) -> list[str]:

@@ -126,7 +126,7 @@ def _linears(counter: Counter) -> list:
     return [tally for tally in counter.products.values() if tally.kind == "linear"]
 
 
-def _bits(counter: Counter, steps: int | None = None) -> list[int]:
+def _bits(counter: Counter, steps: int | None = None) -> list[int | float]:
     streaming = (tally.sent for tally in counter.firings.values() if isinstance(tally.sent.coding, Thermometer))
     return sorted({sent.bits_in(steps) for sent in streaming})
 

@@ -4,7 +4,12 @@ The module of the model family keeps its forward (projections, RoPE, cache). Wha
 module ``spiking`` with the neurons, an attention function registered under the name ``spikeform``, and a
 cache view that stores codes: keys and values are encoded once, when they are appended.
 
-    S = OAT(q) . OAT(k)^T * scale;  e = HG_exp(S - max S);  p = OAT(e * HG_1/x(sum e));  out = p . OAT(v)
+    S = N_q(q) . N_k(k)^T * scale;  e = HG_exp(S - max S);  p = N_p(e * HG_1/x(sum e));  out = p . N_v(v)
+
+N_* are whatever neurons a method puts there. With ``signs``, q and k are rotated by one orthogonal matrix first
+(after RoPE), which leaves S as it is. A key neuron that has a range per channel sends codes of ``k / c``: queries are
+multiplied by its ``c``. A value neuron that has a unit per token sends codes of ``v / u``: probabilities are
+multiplied by that ``u`` before they are encoded, so that the last product is one of integers.
 
 B batch, H query heads, G key/value heads, R = H / G, L queries, S keys, E head size.
 """
@@ -12,6 +17,7 @@ B batch, H query heads, G key/value heads, R = H / G, L queries, S keys, E head 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +26,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from spikeform.layers.cache import CacheView, through
-from spikeform.neurons import MT, Neuron
+from spikeform.layers.rotation import rotate_heads
+from spikeform.neurons import GIF, MT, Neuron
+from spikeform.neurons.neuron import recorder
 from spikeform.spikes import SpikeTrain
 from spikeform.spikes.trace import observer
 from spikeform.synapses import hadamard, matmul
@@ -32,21 +40,26 @@ class SpikingAttention(nn.Module):
     """The neurons of one attention layer, and its forward on real or cached (coded) keys and values.
 
     Args:
-        query: OAT of the queries.
-        key: OAT of the keys.
-        value: OAT of the values.
-        probability: OAT of the attention probabilities.
+        query: Encodes the queries of one key/value head, ``[B, G, R L, E]``.
+        key: Encodes the keys, ``[B, G, S, E]``.
+        value: Encodes the values, ``[B, G, S, E]``.
+        probability: Encodes the attention probabilities, ``[B, G, R L, S]``.
         exp: HG of exp, or None for a real softmax.
         reciprocal: HG of 1/x, or None for a real softmax.
         site: Qualified name of the attention module.
+
+    Attributes:
+        signs: int8 ``[E]``, each 1 or -1: queries and keys are rotated by the matrix of these; None: they are not.
     """
+
+    signs: Tensor | None
 
     def __init__(
         self,
-        query: MT,
-        key: MT,
-        value: MT,
-        probability: MT,
+        query: Neuron,
+        key: MT | GIF,
+        value: MT | GIF,
+        probability: Neuron,
         exp: Neuron | None,
         reciprocal: Neuron | None,
         site: str = "",
@@ -54,6 +67,11 @@ class SpikingAttention(nn.Module):
         super().__init__()
         self.query, self.key, self.value, self.probability = query, key, value, probability
         self.exp, self.reciprocal, self.site = exp, reciprocal, site
+        self.register_buffer("signs", None)
+
+    def encode(self, keys: Tensor, values: Tensor) -> tuple[SpikeTrain, SpikeTrain]:
+        """The trains of real keys and values, each ``[B, G, S, E]``."""
+        return self.key(self._rotated(keys)), self.value(values)
 
     def forward(self, q_BHLE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention output ``[B, L, H, E]``.
@@ -68,9 +86,11 @@ class SpikingAttention(nn.Module):
         batch, heads, length, size = q_BHLE.shape
         groups, keys = k_BGSE.shape[1], k_BGSE.shape[2]
         # Query heads of one key/value head stand together as rows, so keys and values are never copied.
-        q = self.query(q_BHLE).map(lambda x: x.reshape(batch, groups, -1, size))
-        k = self.key(k_BGSE) if k_BGSE.is_floating_point() else unpack(k_BGSE, self.key, q.quantum.dtype)
-        v = self.value(v_BGSE) if v_BGSE.is_floating_point() else unpack(v_BGSE, self.value, q.quantum.dtype)
+        q = self._query(q_BHLE.reshape(batch, groups, -1, size))
+        if k_BGSE.is_floating_point():
+            k, v = self.encode(k_BGSE, v_BGSE)
+        else:
+            k, v = self.key.unpack(k_BGSE, q.quantum.dtype), self.value.unpack(v_BGSE, q.quantum.dtype)
         visible = alive = None
         if mask is not None:
             mask = mask[..., :keys]
@@ -86,8 +106,21 @@ class SpikingAttention(nn.Module):
             scores = scores + mask
             alive = alive.expand(batch, groups, heads // groups, length, 1).reshape(batch, groups, -1, 1)
         weights = self._softmax(scores.view(batch, groups, -1, keys), alive)
+        v, unit = _whole(v)
+        if unit is not None:
+            weights = weights * unit.transpose(-1, -2)
         context = matmul(self.probability(weights), v, connected=visible, site=f"{self.site}.context")
+        scale = _channel_scale(self.value)
+        context = context if scale is None else context * scale
         return context.reshape(batch, heads, length, size).transpose(1, 2).contiguous().to(q_BHLE.dtype)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        return x if self.signs is None else rotate_heads(x, self.signs)
+
+    def _query(self, q_BGLE: Tensor) -> SpikeTrain:
+        scale = _channel_scale(self.key)
+        q_BGLE = self._rotated(q_BGLE)
+        return self.query(q_BGLE if scale is None else q_BGLE * scale)
 
     def _softmax(self, scores: Tensor, alive: Tensor | None) -> Tensor:
         """HG softmax over the last axis.
@@ -108,18 +141,21 @@ class SpikingAttention(nn.Module):
         return hadamard(e, inverse, site=f"{self.site}.softmax")
 
 
-def pack(train: SpikeTrain) -> Tensor:
-    """Codes and branch in one integer, ``2 * code + branch``: int16 where they fit, else int32."""
-    packed = train.integer_codes() * 2
-    if train.branch is not None:
-        packed = packed + train.branch.to(packed.dtype)
-    return packed.to(torch.int16) if train.coding.limit < 2**14 else packed
+def _channel_scale(neuron: Any) -> Tensor | None:
+    """``c`` ``[G, 1, E]`` of a neuron that sends codes of ``x / c``; None where codes are of ``x``."""
+    if getattr(neuron, "axis", "token") != "channel" or (recorder() is not None and not neuron.calibrated):
+        return None
+    return neuron.channel_scale
 
 
-def unpack(packed: Tensor, neuron: MT, dtype: torch.dtype = torch.float32) -> SpikeTrain:
-    """The train that :func:`pack` stored. A train from the cache has fired before: it is not reported again."""
-    branch = (packed & 1).bool() if neuron.populations == 2 else None
-    return SpikeTrain(packed >> 1, neuron.quantum().to(dtype), neuron.coding, branch)
+def _whole(values: SpikeTrain) -> tuple[SpikeTrain, Tensor | None]:
+    """Values in units of one, and the unit of each token ``[B, G, S, 1]`` that was taken off them, or None."""
+    unit = values.common_quantum()
+    if unit is None or unit.ndim == 0:
+        return values, None
+    multiples = getattr(values.coding, "multiples", (1,)) if values.branch is not None else (1,)
+    quantum = torch.stack([unit.new_full((), multiple) for multiple in multiples])  # filled there: a copy would wait
+    return replace(values, quantum=quantum, known_unit=None), unit
 
 
 class CodeCache(CacheView):
@@ -135,7 +171,9 @@ class CodeCache(CacheView):
         Raises:
             ValueError: The cache was filled by a dense model: its numbers are no codes.
         """
-        key, value = pack(self._spiking.key(key_states)), pack(self._spiking.value(value_states))
+        spiking = self._spiking
+        keys, values = spiking.encode(key_states, value_states)
+        key, value = spiking.key.pack(keys), spiking.value.pack(values)
         held = self.held_keys(layer_idx)
         if held is not None and held.is_floating_point():
             raise ValueError(

@@ -2,5 +2,6 @@
 
 from spikeform.methods.fas import FAS, CalibrateOptions, calibrate
 from spikeform.methods.las import LAS
+from spikeform.methods.spikellm import SpikeLLM
 
-__all__ = ["FAS", "LAS", "CalibrateOptions", "calibrate"]
+__all__ = ["FAS", "LAS", "CalibrateOptions", "SpikeLLM", "calibrate"]

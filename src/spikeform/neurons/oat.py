@@ -146,6 +146,18 @@ class MT(ThresholdNeuron):
             listener(Firing(self.site, "identity", train, x, (v.abs() > self.threshold[-1]).sum()))
         return train
 
+    def pack(self, train: SpikeTrain) -> Tensor:
+        """What a cache holds of a train: ``2 * code + branch`` in one integer, int16 where they fit, else int32."""
+        packed = train.integer_codes() * 2
+        if train.branch is not None:
+            packed = packed + train.branch.to(packed.dtype)
+        return packed.to(torch.int16) if train.coding.limit < 2**14 else packed
+
+    def unpack(self, packed: Tensor, dtype: torch.dtype = torch.float32) -> SpikeTrain:
+        """The train that :meth:`pack` stored. A train from the cache has fired before: it is not reported again."""
+        branch = (packed & 1).bool() if self.populations == 2 else None
+        return SpikeTrain(packed >> 1, self.quantum().to(dtype), self.coding, branch)
+
     def extra_repr(self) -> str:
         """Coding, rounding and thresholds."""
         shift = "" if self.channel_shift is None else ", per channel"

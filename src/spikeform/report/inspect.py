@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from spikeform.errors import SpikeformError
-from spikeform.neurons import Neuron, StreamingNeuron
+from spikeform.layers import CodedLinear
+from spikeform.neurons import GIF, Neuron, StreamingNeuron
+from spikeform.report.weights import weight_row
 
 
 def inspect(model: nn.Module) -> list[dict[str, Any]]:
@@ -22,13 +24,22 @@ def inspect(model: nn.Module) -> list[dict[str, Any]]:
         (smallest first), ``function`` (``identity`` unless the neuron computes one), ``reason`` (of what is
         dense). A streaming neuron's ``steps`` are the model's (0: the QCFS network), and it has ``levels``,
         ``signed``, and the ranges ``[least, largest]`` of ``scale`` and ``initial``: its firing threshold is
-        ``threshold * scale``, its initial potential ``initial`` times that.
+        ``threshold * scale``, its initial potential ``initial`` times that. A GIF neuron's ``steps`` are the most
+        of a channel; it has ``levels`` (spikes of a full step), ``signed``, ``channels``: the share of them for each T,
+        and ``salient``: the share with more than one step. A layer of integer weights has ``weight_bits``,
+        ``weight_form``, ``weight_steps``, ``bytes`` and ``bf16_bytes`` (see
+        :func:`spikeform.report.weights.weight_row`); its ``neuron`` is ``weights`` where its input is real.
 
     Raises:
         SpikeformError: There is no neuron in it.
     """
     modules = dict(model.named_modules())
-    rows = [_row(name, module, modules) for name, module in modules.items() if isinstance(module, Neuron)]
+    rows = []
+    for name, module in modules.items():
+        if isinstance(module, Neuron):
+            rows.append(_row(name, module, modules))
+        elif isinstance(module, CodedLinear) and module.neuron is None:
+            rows.append(_weights(name, module))
     if not rows:
         raise SpikeformError("no spiking neuron in this model: convert it first")
     report = getattr(model, "spikeform_report", None)
@@ -45,9 +56,10 @@ def _row(name: str, neuron: Neuron, modules: dict[str, nn.Module]) -> dict[str, 
     coding = getattr(neuron, "coding", None)
     threshold = getattr(neuron, "threshold", None)
     shift = getattr(neuron, "channel_shift", None)
+    owner = modules.get(name.rpartition(".")[0])
     return {
         "site": neuron.site or name,
-        "layer": _class(modules.get(name.rpartition(".")[0])),
+        "layer": _class(owner),
         "neuron": type(neuron).__name__,
         "steps": getattr(coding, "steps", None),
         "coding": type(coding).__name__ if coding is not None else None,
@@ -55,6 +67,30 @@ def _row(name: str, neuron: Neuron, modules: dict[str, nn.Module]) -> dict[str, 
         "thresholds": threshold.flatten().tolist() if isinstance(threshold, Tensor) else None,
         "per_channel": shift is not None,
         "function": getattr(neuron, "function", "identity"),
+        **(_times(neuron) if isinstance(neuron, GIF) else {}),
+        **(weight_row(owner) if isinstance(owner, CodedLinear) else {}),
+    }
+
+
+def _times(neuron: GIF) -> dict[str, Any]:
+    shares = {steps: float((neuron.times == steps).float().mean()) for steps in neuron.tiers}
+    salient = sum(share for steps, share in shares.items() if steps > 1)
+    return {"levels": neuron.levels, "signed": neuron.signed, "channels": shares, "salient": salient}
+
+
+def _weights(name: str, layer: CodedLinear) -> dict[str, Any]:
+    whole = layer.integer_weight()
+    return {
+        "site": layer.site or name,
+        "layer": _class(layer),
+        "neuron": "weights",
+        "steps": max(whole.tiers),
+        "coding": "Burst",
+        "window": max(whole.tiers),
+        "thresholds": None,
+        "per_channel": False,
+        "function": "identity",
+        **weight_row(layer),
     }
 
 

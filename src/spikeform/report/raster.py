@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spikeform.errors import SpikeformError
 from spikeform.layers.streaming import clock_of, steps_of
-from spikeform.spikes import SpikeTrain, Thermometer
+from spikeform.spikes import Burst, SpikeTrain, Thermometer
 from spikeform.spikes.trace import Firing, Product, observe
 
 MOST_ELEMENTS, MOST_TOKENS, MOST_COLUMNS = 512, 96, 1632
@@ -34,7 +34,7 @@ class Raster:
         path: The image.
         site: The population.
         spikes: Spikes drawn, ``positive`` + ``negative``; equal to ``train.count()`` over what is shown, of all
-            steps where steps are rows of the batch.
+            steps where steps are rows of the batch. A burst's step holds several.
         positive: Spikes above zero.
         negative: Spikes below zero.
         tokens: Tokens shown.
@@ -73,9 +73,9 @@ def raster(
 ) -> Raster:
     """Draw the literal spikes that one site sends or receives for the first row of ``ids``.
 
-    Time runs to the right, token by token and step by step within a token; each line is a channel. The steps of a
-    streaming model are those of its T streams: it reads the whole row T times, and the plot gathers what each token
-    sends in them.
+    Time runs to the right, token by token and step by step within a token; each line is a channel. The more spikes a
+    burst sends in one step, the darker its mark. The steps of a streaming model are those of its T streams: it reads
+    the whole row T times, and the plot gathers what each token sends in them.
 
     Args:
         model: A converted model.
@@ -110,8 +110,10 @@ def raster(
     name, train = capture(model, ids[:1, :tokens], site)
     spikes_TLC = literal(train, steps)[:, :tokens]
     shown = spikes_TLC[..., :elements]
-    _draw(shown, name, path, spikes_TLC.shape[-1], labels)
-    positive, negative = int((shown > 0).sum()), int((shown < 0).sum())
+    most = train.coding.levels if isinstance(train.coding, Burst) else 1
+    shown = shown.int() if most > 1 else shown.sign().int()  # elsewhere an amplitude is one spike's level
+    _draw(shown, name, path, spikes_TLC.shape[-1], labels, most)
+    positive, negative = int(shown.clamp(min=0).sum()), int(-shown.clamp(max=0).sum())
     window, length, drawn = shown.shape
     return Raster(str(path), name, positive + negative, positive, negative, length, window, drawn, spikes_TLC.shape[-1])
 
@@ -120,16 +122,21 @@ def raster(
 def capture(model: nn.Module, ids: Tensor, site: str | None = None) -> tuple[str, SpikeTrain]:
     """The first train that passes ``site`` and the site's name.
 
-    None: that of the first linear product, or of the first neuron where spikes reach no linear layer.
+    None: that of the first linear product, or of the first neuron where spikes reach no linear layer. Spikes of weights
+    are no activity: they are the same for every token.
 
     Raises:
         SpikeformError: Nothing passes there.
     """
     seen: dict[str, None] = {}
+    constant: set[str] = set()
     found: list[tuple[str, SpikeTrain]] = []
     fired: list[tuple[str, SpikeTrain]] = []
 
     def listen(event: Product | Firing) -> None:
+        if isinstance(event, Product) and event.kind == "weights":
+            constant.add(event.site)
+            return
         seen[event.site] = None
         is_linear = isinstance(event, Product) and event.kind == "linear"
         if event.site == site if site is not None else is_linear:
@@ -148,6 +155,8 @@ def capture(model: nn.Module, ids: Tensor, site: str | None = None) -> tuple[str
         return found[0]
     finally:
         model.train(training)
+    if site in constant or (constant and not seen):
+        raise SpikeformError("the spikes there are those of the weights, the same for every token: nothing to draw")
     if not seen:
         raise SpikeformError("no spikes: the model is dense; convert it first")
     if fired:
@@ -157,7 +166,7 @@ def capture(model: nn.Module, ids: Tensor, site: str | None = None) -> tuple[str
 
 
 def literal(train: SpikeTrain, steps: int = 0) -> Tensor:
-    """Literal spikes of the first row: int8 ``[window, tokens, channels]``; heads stand side by side.
+    """Literal spikes of the first row: integers ``[window, tokens, channels]``; heads stand side by side.
 
     Trains are ``[B, L, C]``, ``[B, heads, L, C]``, ``[L, C]`` or ``[C]`` (one token); those of a streaming model
     of T ``steps`` are ``[B*T, L, C]`` of one step each, row b*T+t is step t of row b, or ``[T*L, C]`` of one row.
@@ -172,9 +181,11 @@ def literal(train: SpikeTrain, steps: int = 0) -> Tensor:
     return spikes if spikes.ndim == 3 else spikes.unsqueeze(1)
 
 
-def _draw(spikes_TLC: Tensor, site: str, path: Path, channels: int, labels: Sequence[str] | None) -> None:
+def _draw(
+    spikes_TLC: Tensor, site: str, path: Path, channels: int, labels: Sequence[str] | None, most: int = 1
+) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import ListedColormap
+    from matplotlib.colors import LinearSegmentedColormap, ListedColormap
     from matplotlib.figure import Figure
 
     window, length, drawn = spikes_TLC.shape
@@ -185,13 +196,18 @@ def _draw(spikes_TLC: Tensor, site: str, path: Path, channels: int, labels: Sequ
     grid = figure.add_gridspec(2, 1, height_ratios=[max(drawn * 0.07, 1.5), 0.6], hspace=0.06)
     spikes, rate = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
     colours = ListedColormap([NEGATIVE, "white", POSITIVE])
-    spikes.imshow(time_CX.sign(), cmap=colours, vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+    if most > 1:  # a root, so that one spike can be seen beside a full step
+        colours = LinearSegmentedColormap.from_list("bursts", [NEGATIVE, "white", POSITIVE])
+        marks = time_CX.sign() * (time_CX.abs() / most).sqrt()
+    else:
+        marks = time_CX
+    spikes.imshow(marks, cmap=colours, vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
     for edge in range(1, drawn):  # channels a hair apart
         spikes.axhline(edge - 0.5, color="white", linewidth=min(0.6, 40 / drawn))
     for edge in range(window, columns, window):
         for axes in (spikes, rate):
             axes.axvline(edge - 0.5, color=GRID, linewidth=0.6)
-    positive, negative = (time_CX > 0).sum(0), (time_CX < 0).sum(0)
+    positive, negative = time_CX.clamp(min=0).sum(0), -time_CX.clamp(max=0).sum(0)
     x = range(columns)
     rate.bar(x, positive, width=1.0, color=POSITIVE, label=f"+ {int(positive.sum()):,}")
     rate.bar(x, negative, width=1.0, bottom=positive, color=NEGATIVE, label=f"− {int(negative.sum()):,}")

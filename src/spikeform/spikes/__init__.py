@@ -9,7 +9,7 @@ from spikeform.spikes.codings import (
     SignedDigit,
     Thermometer,
 )
-from spikeform.spikes.train import SpikeTrain, power_of_two
+from spikeform.spikes.train import SpikeTrain, narrowest, power_of_two
 
 __all__ = [
     "CODINGS",
@@ -20,5 +20,6 @@ __all__ = [
     "SignedDigit",
     "SpikeTrain",
     "Thermometer",
+    "narrowest",
     "power_of_two",
 ]

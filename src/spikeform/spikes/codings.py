@@ -254,47 +254,80 @@ class Thermometer(Coding):
 class Burst(Coding):
     """Up to ``levels`` unit spikes in a step (SpikeLLM's generalised integrate-and-fire neuron).
 
-    A step sends ``min(levels, what is left)`` spikes at once. The count is the number of unit spikes.
+    A step sends ``min(levels, what is left)`` spikes at once: ``levels`` integrate-and-fire steps, merged. The count
+    is the number of unit spikes. Sub-neurons may take different numbers of steps of the same window: one of T steps
+    has codes up to ``T * levels`` and is silent afterwards.
 
     Args:
-        steps: Time steps T, 1 to 16.
-        levels: Most spikes of one step, 1 to 127.
+        steps: Time steps of the longest sub-neuron, 1 to 16.
+        levels: Most spikes of one step L, 1 to 255.
+        tiers: Steps T of each sub-neuron, powers of two, the largest of them ``steps``; empty: one sub-neuron.
+        residual: Codes go to ``T (L + 1) - 1`` (2^n - 1 levels, as released): a sub-neuron's last step also sends what
+            L spikes a step would leave behind.
+        common: The units are multiples of one: ``quantum[r] = multiples[r] * quantum_common``.
+
+    Raises:
+        ValueError: Steps, levels or tiers are none of these.
     """
 
     levels: int = 15
+    tiers: tuple[int, ...] = ()
+    residual: bool = False
+    common: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.levels, bool) or not isinstance(self.levels, int) or not 1 <= self.levels <= 127:
-            raise ValueError(f"levels must be an integer from 1 to 127, got {self.levels!r}")
+        if isinstance(self.levels, bool) or not isinstance(self.levels, int) or not 1 <= self.levels <= 255:
+            raise ValueError(f"levels must be an integer from 1 to 255, got {self.levels!r}")
+        fits = all(type(t) is int and t > 0 and t & (t - 1) == 0 for t in self.tiers)
+        if not isinstance(self.tiers, tuple) or not fits or (self.tiers and max(self.tiers) != self.steps):
+            raise ValueError(f"tiers must be powers of two, the largest of them steps={self.steps}, got {self.tiers!r}")
+
+    def capacity(self, steps: int) -> int:
+        """Largest magnitude of a sub-neuron of ``steps`` steps: ``T L``, or ``T (L + 1) - 1`` with the residual."""
+        return steps * (self.levels + 1) - 1 if self.residual else steps * self.levels
 
     @property
     def limit(self) -> int:
         """Every step full."""
-        return self.steps * self.levels
+        return self.capacity(self.steps)
 
     @property
     def resolution(self) -> int:
-        """``steps * levels`` code units to a threshold."""
-        return self.steps * self.levels
+        """As many code units to a threshold as the limit."""
+        return self.limit
+
+    @property
+    def multiples(self) -> tuple[int, ...] | None:
+        """What each sub-neuron's unit is in common units, ``steps / T``; None where there is no common unit."""
+        if not self.tiers:
+            return (1,)
+        return tuple(self.steps // t for t in self.tiers) if self.common else None
 
     def weights(self) -> list[int]:
         """All one; the spike's amplitude is its number of unit spikes."""
         return [1] * self.steps
 
     def unroll(self, codes: Tensor) -> Tensor:
-        """Fill the steps in order, ``levels`` at a time."""
-        residue, sign = codes.abs(), codes.sign().to(torch.int8)
+        """Fill the steps in order, ``levels`` at a time: int8 where the amplitudes fit, else int16."""
+        most = self.levels + (self.steps - 1 if self.residual else 0)
+        dtype = torch.int8 if most <= 127 else torch.int16
+        # At least int16: the magnitude of int8's -128 is no int8.
+        magnitude = codes.to(torch.int16 if codes.dtype in (torch.int8, torch.uint8) else codes.dtype).abs()
+        residue, sign = magnitude, codes.sign().to(dtype)
+        closing = (self.tiers or (self.steps,)) if self.residual else ()
         steps = []
-        for _ in range(self.steps):
+        for t in range(1, self.steps + 1):
             fired = residue.clamp(max=self.levels)
+            if t in closing:
+                fired = torch.where(magnitude <= self.capacity(t), residue, fired)
             residue = residue - fired
-            steps.append(fired.to(torch.int8) * sign)
+            steps.append(fired.to(dtype) * sign)
         return torch.stack(steps)
 
     def count(self, codes: Tensor) -> Tensor:
         """The magnitude: each unit is a spike of its own."""
-        return codes.abs().to(torch.int32)
+        return codes.to(torch.int32).abs()
 
     def sent(self, spikes: Tensor) -> Tensor:
         """Unit spikes: the sum of the magnitudes."""

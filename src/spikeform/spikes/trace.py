@@ -23,10 +23,13 @@ class Product:
 
     Args:
         site: Where: the module's qualified name, plus ``.scores``, ``.context`` … for products without a weight.
-        kind: ``linear`` (train x weight), ``matmul`` (train x train) or ``hadamard`` (elementwise, two trains).
-        operands: The spike trains, one for ``linear``, two otherwise (in the order of the product).
+        kind: ``linear`` (train x weight), ``weights`` (real input x spiking weight), ``matmul`` (train x train) or
+            ``hadamard`` (elementwise, two trains).
+        operands: The spike trains, one for ``linear`` and ``weights`` (the weight's own, ``[N, K]``), two otherwise (in
+            the order of the product).
         fan_out: For each operand, how many accumulations one spike of it causes: output features of a
-            ``linear``; columns of B for A, and rows of A for B, of a ``matmul``; 1 for ``hadamard``.
+            ``linear``; rows of the input of ``weights``; columns of B for A, and rows of A for B, of a ``matmul``; 1
+            for ``hadamard``.
         macs: Multiply-accumulates of the same product in a dense network.
         sent: Spikes that the executor really sent, per operand: 0-d tensors, only from the temporal executor.
         mask: For ``matmul``, bool ``[..., M, N]``: which outputs are wanted (a causal mask), or None for all.

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spikeform.spikes import SpikeTrain
+from spikeform.synapses.integer import IntegerWeight
+from spikeform.synapses.parts import integer_sums as sums_by_part
+from spikeform.synapses.sums import exact_product, exact_sums
 
 Sent = tuple[Tensor, ...] | None
 
@@ -52,3 +55,26 @@ def matmul(a: SpikeTrain, b: SpikeTrain, transpose_b: bool) -> tuple[Tensor, Sen
 def hadamard(a: SpikeTrain, b: SpikeTrain) -> tuple[Tensor, Sent]:
     """``S_A(T) * S_B(T)``."""
     return a.decode() * b.decode(), None
+
+
+def integer_linear(train: SpikeTrain, weight: IntegerWeight) -> tuple[list[list[Tensor]], Sent]:
+    """One exact integer product for each group of channels."""
+    return sums_by_part(train, train.centred(), weight, exact_sums), None
+
+
+def integer_matmul(a: SpikeTrain, b: SpikeTrain, transpose_b: bool) -> tuple[Tensor, Sent]:
+    """``S_A(T) S_B(T)`` in integers; a zero-point of each channel of B is taken off as a row of its own."""
+    left = a.common_integers(a.centred())
+    if transpose_b and b.zero is not None and b.zero.ndim > 1 and b.zero.shape[-2] == 1:
+        right, zero = b.common_integers(b.codes), b.common_integers(b.zero_of_branch())
+        bias = left.double() @ zero.expand(*zero.shape[:-2], 1, -1).double().transpose(-1, -2)
+        return exact_product(left, right.transpose(-1, -2), a.coding.limit, b.coding.limit).double() - bias, None
+    right = b.common_integers(b.centred())
+    peak = None if right.dtype == torch.int32 else b.coding.limit  # wide: a zero of each channel, beyond the limit
+    return exact_product(left, right.transpose(-1, -2) if transpose_b else right, a.coding.limit, peak), None
+
+
+def weight_sums(x: Tensor, weight: IntegerWeight) -> tuple[list[Tensor], Sent]:
+    """Real ``x [..., K]`` times the integers of each tier of a spiking weight: ``[..., N]`` each."""
+    pairs = [(c, weight.part(r)) for r, c in enumerate(weight.columns)]
+    return [F.linear(x if c is None else x[..., c], codes.to(x.dtype)) for c, codes in pairs], None

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from spikeform.spikes import SpikeTrain
 from spikeform.synapses.collapsed import by_branch, scale
+from spikeform.synapses.integer import IntegerWeight
+from spikeform.synapses.parts import integer_sums
+from spikeform.synapses.sums import exact_sums
 
 Sent = tuple[Tensor, ...]
 
@@ -33,8 +36,11 @@ def linear(train: SpikeTrain, weight: Tensor) -> tuple[Tensor, Sent]:
 
 def _telescope(a: SpikeTrain, b: SpikeTrain, product: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Sent]:
     """``sum_t A(t) S_B(t) + S_A(t-1) B(t)``; the shorter window is silent in its last steps."""
-    steps_a, steps_b = a.step_values(), b.step_values()
     sent = a.coding.sent(a.unroll()), b.coding.sent(b.unroll())
+    return _telescoped(a.step_values(), b.step_values(), product), sent
+
+
+def _telescoped(steps_a: Tensor, steps_b: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     sum_a, sum_b = torch.zeros_like(steps_a[0]), torch.zeros_like(steps_b[0])
     out = product(sum_a, sum_b)
     for t in range(max(len(steps_a), len(steps_b))):
@@ -44,7 +50,7 @@ def _telescope(a: SpikeTrain, b: SpikeTrain, product: Callable[[Tensor, Tensor],
         if t < len(steps_a):
             out = out + product(steps_a[t], sum_b)
             sum_a = sum_a + steps_a[t]
-    return out, sent
+    return out
 
 
 def matmul(a: SpikeTrain, b: SpikeTrain, transpose_b: bool) -> tuple[Tensor, Sent]:
@@ -55,3 +61,32 @@ def matmul(a: SpikeTrain, b: SpikeTrain, transpose_b: bool) -> tuple[Tensor, Sen
 def hadamard(a: SpikeTrain, b: SpikeTrain) -> tuple[Tensor, Sent]:
     """The spike-equivalent elementwise product, step by step."""
     return _telescope(a, b, lambda x, y: x * y)
+
+
+def integer_linear(train: SpikeTrain, weight: IntegerWeight) -> tuple[list[list[Tensor]], Sent]:
+    """Integers accumulate step by step, in each group of channels; the zero's bias current flows in the first."""
+    sums = None
+    for step in train.steps():
+        parts = [[s.double() for s in tiers] for tiers in integer_sums(train, step, weight, exact_sums)]
+        if sums is not None:
+            parts = [[s + p for s, p in zip(*pair, strict=True)] for pair in zip(sums, parts, strict=True)]
+        sums = parts
+    assert sums is not None  # a window has at least one step
+    return sums, (train.coding.sent(train.unroll()),)
+
+
+def integer_matmul(a: SpikeTrain, b: SpikeTrain, transpose_b: bool) -> tuple[Tensor, Sent]:
+    """The spike-equivalent dot product, step by step, in integers."""
+    steps_a, steps_b = (x.common_integers(x.steps()).double() for x in (a, b))
+    out = _telescoped(steps_a, steps_b, lambda x, y: x @ (y.transpose(-1, -2) if transpose_b else y))
+    return out, (a.coding.sent(a.unroll()), b.coding.sent(b.unroll()))
+
+
+def weight_sums(x: Tensor, weight: IntegerWeight) -> tuple[list[Tensor], Sent]:
+    """Real input, spiking weights: ``y += x s(t)^T``, one step of the weight's spikes at a time."""
+    train, sums = weight.train(), []
+    for r, columns in enumerate(weight.columns):
+        inner = x if columns is None else x[..., columns]
+        steps = [F.linear(inner, spikes.to(x.dtype)) for spikes in train.coding.unroll(weight.part(r))]
+        sums.append(torch.stack(steps).sum(0))
+    return sums, (train.coding.sent(train.unroll()),)

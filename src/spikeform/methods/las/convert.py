@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spikeform.conversion.kinds import activation_function, kind_of, norm_form, walk
+from spikeform.conversion.kinds import activation_function, heads_of, kind_of, norm_form, walk
 from spikeform.conversion.report import ConversionReport, Row
 from spikeform.errors import ConfigError, ConversionError
 from spikeform.layers import SpikingActivation, SpikingAttention, SpikingGatedMLP, SpikingLinear, SpikingNorm
@@ -142,7 +142,7 @@ class _Builder:
         return layer, "spike-equivalent Hadamard product"
 
     def _attention(self, name: str, module: nn.Module) -> tuple[nn.Module, str]:
-        heads, size = _heads(module)
+        heads, size = heads_of(module)
         channels = (heads, 1, size)
         spiking = SpikingAttention(
             self._oat("query", f"{name}.query"),
@@ -156,13 +156,3 @@ class _Builder:
         install(module, spiking)
         softmax = ", HG softmax" if self.config.softmax else ""
         return module, f"OAT on queries, keys, values and probabilities{softmax}"
-
-
-def _heads(attention: Any) -> tuple[int, int]:
-    """Key/value heads and head size."""
-    config = attention.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    for name in ("head_dim", "attention_head_size", "head_size"):
-        if getattr(attention, name, None):
-            return int(heads), int(getattr(attention, name))
-    return int(heads), config.hidden_size // config.num_attention_heads

@@ -1,0 +1,129 @@
+"""Every neuron's steps per channel: from its own block's statistics, or planned for the whole model beforehand."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from spikeform.conversion.blocks import Block
+from spikeform.errors import CalibrationError
+from spikeform.layers import SpikingLinear
+from spikeform.methods.spikellm import allocation, saliency
+from spikeform.methods.spikellm.config import SpikeLLM
+from spikeform.methods.spikellm.statistics import Heads, Inputs, Statistics
+from spikeform.neurons import GIF, recording
+
+Plan = dict[str, Tensor]
+
+
+def set_times(statistics: Statistics, config: SpikeLLM, planned: Plan | None) -> float:
+    """Give every neuron of a block its steps (and static ranges).
+
+    Args:
+        statistics: Of the block.
+        config: Of the conversion.
+        planned: Steps by linear layer, where the budget is the whole model's; keys and values take the fraction.
+
+    Returns:
+        Mean steps of the linear layers' input channels.
+    """
+    share = 0.0 if config.saliency == "none" else config.salient
+    times = []
+    for name, scores in _linear_scores(statistics, config).items():
+        neuron = _neuron(statistics.layers[name])
+        found = planned[name] if planned is not None else allocation.fraction(scores, share, config.steps)
+        neuron.set_times(found)
+        times.append(found.float().flatten())
+    for name, heads in statistics.heads.items():
+        attention = statistics.attentions[name]
+        attention.query.set_times(torch.ones_like(attention.query.times))
+        for role, scores in _head_scores(name, heads, config).items():
+            neuron = getattr(attention, role)
+            neuron.set_times(allocation.fraction(scores, share, neuron.steps).view(neuron.channels))
+            if neuron.axis == "channel":
+                neuron.set_range(*(end.view(neuron.channels) for end in (heads.low, heads.high)))
+    return float(torch.cat(times).mean()) if times else 1.0
+
+
+@torch.no_grad()
+def plan(found: list[Block], dense: list[Tensor], config: SpikeLLM) -> Plan:
+    """Steps of every linear layer's input channels, from the dense model, all layers sharing one budget."""
+    scores: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
+    fan_out: dict[str, float] = {}
+    spikes: dict[str, Tensor] = {}
+    for block in found:
+        statistics = Statistics(block.module, block.name)
+        with statistics.watch():
+            after = block.run_all(dense)
+        scores |= _linear_scores(statistics, config)
+        for name, layer in statistics.layers.items():
+            fan_out[name] = float(layer.out_features)
+            inputs = statistics.inputs[name]
+            spikes[name] = inputs.drive * _neuron(layer).levels / inputs.tokens
+            if config.allocation == "sensitivity":
+                errors[name] = _error(block, layer, dense, after)
+        dense = after
+    if config.allocation == "energy":
+        return allocation.energy(scores, spikes, fan_out, config.budget, config.steps)
+    if config.allocation == "sensitivity":
+        return allocation.sensitivity(scores, errors, fan_out, config.budget, config.steps)
+    return allocation.budget(scores, fan_out, config.budget, config.steps)
+
+
+def _error(block: Block, layer: SpikingLinear, dense: list[Tensor], after: list[Tensor]) -> float:
+    """Error of the block's output where this layer alone has one step a channel, relative to what the block adds."""
+    neuron = _neuron(layer)
+    unset = neuron.times
+    neuron.set_times(torch.ones_like(unset))
+    with recording(lambda _neuron, _x: None):
+        out = block.run_all(dense)
+    neuron.times = unset
+    error = sum(float((o - a).double().square().sum()) for o, a in zip(out, after, strict=True))
+    return error / max(sum(float((a - d).double().square().sum()) for a, d in zip(after, dense, strict=True)), 1e-30)
+
+
+def _neuron(layer: SpikingLinear) -> GIF:
+    assert isinstance(layer.neuron, GIF)
+    return layer.neuron
+
+
+def _linear_scores(statistics: Statistics, config: SpikeLLM) -> Plan:
+    found: Plan = {}
+    for group in statistics.groups():
+        sharing = [group.readers] if config.masks == "shared" else [[name] for name in group.readers]
+        for names in sharing:
+            score = _score(group, [statistics.layers[name].weight for name in names], names[0], config)
+            found |= dict.fromkeys(names, score)
+    return found
+
+
+def _score(inputs: Inputs, weights: list[Tensor], site: str, config: SpikeLLM) -> Tensor:
+    if config.saliency == "obs":
+        return saliency.linear(inputs.gram, weights, inputs.tokens)
+    if config.saliency == "diagonal":
+        return saliency.diagonal(inputs.gram, weights, inputs.tokens)
+    return _other(inputs.peaks, site, config)
+
+
+def _head_scores(site: str, heads: Heads, config: SpikeLLM) -> Plan:
+    if heads.key is None or heads.key_diagonal is None or heads.squares is None:
+        raise CalibrationError(f"{site} saw no calibration input; leave it dense (skip)")
+    if config.saliency == "obs":
+        key = heads.key / heads.tokens
+    elif config.saliency == "diagonal":
+        key = heads.key_diagonal / heads.tokens
+    else:
+        key = _other(heads.peaks["key"], f"{site}.key", config)
+        return {"key": key, "value": _other(heads.peaks["value"], f"{site}.value", config)}
+    return {"key": key, "value": saliency.value(heads.squares, len(heads.key), heads.outputs)}
+
+
+def _other(peaks: Tensor, site: str, config: SpikeLLM) -> Tensor:
+    """Largest magnitude, or (random, and none, where no channel is taken) a ranking of the site's own seed."""
+    if config.saliency == "magnitude":
+        return saliency.magnitude(peaks)
+    seed = config.seed + zlib.crc32(site.encode())
+    return saliency.random(seed, peaks.numel()).view(peaks.shape).to(peaks.device)
