@@ -26,16 +26,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import spikeform
 from spikeform import pretrained
 from spikeform.evaluation import data_root, load_text, perplexity, tokenize
-from spikeform.layers import CodedLinear
 from spikeform.pretrained.twin import outlier_twin
+from spikeform.report.weights import coded_size
 
 WINDOW, CALIBRATION_WINDOWS, COUNTED = 512, 16, 1024
 MODELS = [f"{name}{twin}" for name in ("llama", "gpt2", "opt") for twin in ("", "-twin")]
 UNIFORM = {"steps": 1, "saliency": "none"}
 REAL_INPUT = {"bits": 16, "saliency": "none", "steps": 1, "attention": False}
+GPTQ = {"pipeline": "gptq", "sweeps": 0}  # as it is known
+PARTLY_BINARY = {**GPTQ, "weight_form": "partial_binary", "weight_steps": (1, 8)}
 TIERS = {"weight_steps": (1, 2), "weight_salient": (0.1,)}
-# Additive steps of a weight: 0.8 x 1 + 0.1 x 2 + 0.1 x 3 would be 1.3; with 1, 2 and 4 steps 1.4 is this:
-TERNARY = {"weight_form": "ternary", "weight_bits": 1, "weight_steps": (1, 2, 4), "weight_salient": (0.1, 0.1)}
+TERNARY = {"weight_form": "ternary", "weight_bits": 1, "weight_steps": (1, 2), "weight_salient": (0.4,)}  # 1.4 steps
 
 SETS: dict[str, dict[str, dict[str, Any]]] = {
     "main": {
@@ -76,27 +77,21 @@ SETS: dict[str, dict[str, dict[str, Any]]] = {
         "p8": {"probability_bits": 8},
     },
     "weights": {
-        "gptq-w2a16": {**REAL_INPUT, "pipeline": "gptq", "weight_bits": 2},
-        "gptq-w3a16": {**REAL_INPUT, "pipeline": "gptq", "weight_bits": 3},
+        "gptq-w2a16": {**REAL_INPUT, **GPTQ, "weight_bits": 2},
+        "gptq-w3a16": {**REAL_INPUT, **GPTQ, "weight_bits": 3},
+        "gptq-w2a16-random": {**REAL_INPUT, **GPTQ, "weight_bits": 2, **TIERS, "saliency": "random"},
         "spikellm-gptq-w2a16": {**REAL_INPUT, "pipeline": "gptq", "weight_bits": 2, **TIERS},
+        "spikellm-gptq-w2a16-plain": {**REAL_INPUT, **GPTQ, "weight_bits": 2, **TIERS},
+        "swept-gptq-w2a16": {**REAL_INPUT, "pipeline": "gptq", "weight_bits": 2},
         "omniquant-w2a16": {**REAL_INPUT, "weight_bits": 2},
         "spikellm-w2a16": {**REAL_INPUT, "weight_bits": 2, **TIERS},
-        "gptq-ternary": {**REAL_INPUT, "pipeline": "gptq", "weight_form": "ternary", "weight_bits": 1},
+        "gptq-ternary": {**REAL_INPUT, **GPTQ, "weight_form": "ternary", "weight_bits": 1},
+        "gptq-ternary-random": {**REAL_INPUT, **GPTQ, **TERNARY, "saliency": "random"},
         "spikellm-ternary": {**REAL_INPUT, "pipeline": "gptq", **TERNARY},
-        "pb-llm-95": {
-            **REAL_INPUT,
-            "pipeline": "gptq",
-            "weight_form": "partial_binary",
-            "weight_steps": (1, 8),
-            "weight_salient": (0.05,),
-        },
-        "pb-llm-90": {
-            **REAL_INPUT,
-            "pipeline": "gptq",
-            "weight_form": "partial_binary",
-            "weight_steps": (1, 8),
-            "weight_salient": (0.1,),
-        },
+        "spikellm-ternary-plain": {**REAL_INPUT, **GPTQ, **TERNARY},
+        "swept-ternary-random": {**REAL_INPUT, "pipeline": "gptq", **TERNARY, "saliency": "random"},
+        "pb-llm-95": {**REAL_INPUT, **PARTLY_BINARY, "weight_salient": (0.05,)},
+        "pb-llm-90": {**REAL_INPUT, **PARTLY_BINARY, "weight_salient": (0.1,)},
         "omniquant-w2a8": {**UNIFORM, "bits": 8, "weight_bits": 2},
         "spikellm-w2a8": {"bits": 8, "weight_bits": 2, "salient": 0.05, **TIERS},
     },
@@ -119,11 +114,24 @@ def dense_model(model: str, device: str) -> Any:
     return outlier_twin(dense) if model.endswith("-twin") else dense
 
 
-def coded_bytes(model: Any) -> dict[str, int]:
-    """Bytes of the converted linear layers in a file, and of the same weights in bfloat16."""
-    layers = [m for m in model.modules() if isinstance(m, CodedLinear)]
-    held = sum(layer.packed_bytes() for layer in layers)
-    return {"bytes": held, "bytes_bf16": sum(2 * m.in_features * m.out_features for m in layers)}
+def counts(model: Any, ids: torch.Tensor) -> dict[str, Any]:
+    """Operations, spikes and ESTIMATED energy ratios on ``ids`` ``[N, L]``."""
+    report = spikeform.energy(model, ids)
+    return {
+        "ace": report.ace,
+        "spikes_per_element": report.spikes_per_element,
+        "spikes_per_token": report.spikes_per_token,
+        "accumulations_per_mac": report.accumulations_per_mac,
+        "estimated": {
+            name: {
+                "vs_dense": e["ratio_vs_dense"],
+                "vs_quantised": e["ratio_vs_quantised"],
+                "vs_dense_with_memory": e["with_memory"]["ratio_vs_dense"],
+                "vs_quantised_with_memory": e["with_memory"]["ratio_vs_quantised"],
+            }
+            for name, e in report.estimates.items()
+        },
+    }
 
 
 def measure(job: tuple[str, str, int, str]) -> dict[str, Any]:
@@ -137,25 +145,12 @@ def measure(job: tuple[str, str, int, str]) -> dict[str, Any]:
     if variant == "dense":
         converted, seconds, facts = dense, 0.0, {}
     else:
-        converted = spikeform.convert(copy.deepcopy(dense), spikeform.SpikeLLM(**VARIANTS[variant]), calibration)
+        config = spikeform.SpikeLLM(**VARIANTS[variant])
+        converted = spikeform.convert(copy.deepcopy(dense), config, calibration)
         seconds = time.time() - start
-        facts = {"calibration": converted.spikeform_report.calibration} | coded_bytes(converted)
-        report = spikeform.energy(converted, ids[:COUNTED].view(-1, WINDOW).to(device), dense=None)
-        facts |= {
-            "ace": report.ace,
-            "spikes_per_element": report.spikes_per_element,
-            "spikes_per_token": report.spikes_per_token,
-            "accumulations_per_mac": report.accumulations_per_mac,
-            "estimated": {
-                name: {
-                    "vs_dense": e["ratio_vs_dense"],
-                    "vs_quantised": e["ratio_vs_quantised"],
-                    "vs_dense_with_memory": e["with_memory"]["ratio_vs_dense"],
-                    "vs_quantised_with_memory": e["with_memory"]["ratio_vs_quantised"],
-                }
-                for name, e in report.estimates.items()
-            },
-        }
+        facts = {"calibration": converted.spikeform_report.calibration, "weights": coded_size(converted)}
+        if config.spikes or config.codes:  # partly binary weights of a baseline are stored real
+            facts |= counts(converted, ids[:COUNTED].view(-1, WINDOW).to(device))
     found = perplexity(converted, ids.to(device), window=WINDOW, batch_size=8)
     row = {"model": model, "variant": variant, "options": VARIANTS.get(variant, {}), "perplexity": found.perplexity}
     return row | {"nats": found.nats, "stderr": found.stderr, "tokens": found.tokens, "seconds": seconds} | facts

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from spikeform.evaluation import zeroshot as zeroshot
     from spikeform.methods import FAS as FAS
     from spikeform.methods import LAS as LAS
-    from spikeform.methods import SpikeLLM as SpikeLLM
     from spikeform.methods import CalibrateOptions as CalibrateOptions
+    from spikeform.methods import SpikeLLM as SpikeLLM
     from spikeform.methods import calibrate as calibrate
     from spikeform.neurons import fit_few_spike as fit_few_spike
     from spikeform.report import inspect as inspect

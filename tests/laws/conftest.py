@@ -34,6 +34,14 @@ def spiking_of(family: str, twin: bool = False, **options):
 
 
 @cache
+def saliency_of(family: str, twin: bool = False, **options):
+    """A copy converted with SpikeLLM, trained for one epoch on four short sequences."""
+    model = copy.deepcopy(twin_of(family) if twin else dense_of(family))
+    config = spikeform.SpikeLLM(**{"epochs": 1, **options})
+    return spikeform.convert(model, config, families.tokens(rows=4, length=24, seed=5))
+
+
+@cache
 def streaming_of(family: str, wide: bool = True, **options):
     """A copy converted with FAS, in fp64 unless told otherwise; what calibration finds is drawn at random."""
     model = copy.deepcopy(dense_of(family))
@@ -72,6 +80,11 @@ def twin():
 @pytest.fixture(scope="session")
 def spiking():
     return spiking_of
+
+
+@pytest.fixture(scope="session")
+def saliency():
+    return saliency_of
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,15 @@ from spikeform.spikes import Burst
 
 
 class Tables(NamedTuple):
-    """Of each channel: its sub-neuron (uint8), its largest code and what its unit is in common units (fp32)."""
+    """Of each channel: its sub-neuron (uint8), its largest code and what its unit is in common units (fp32).
+
+    And ``multiples`` ``[R]``: that of each sub-neuron.
+    """
 
     branch: Tensor
     top: Tensor
     multiple: Tensor
+    multiples: Tensor
 
 
 class BurstNeuron(ThresholdNeuron):
@@ -96,4 +100,5 @@ class BurstNeuron(ThresholdNeuron):
             branch = torch.where(self.times == t, r, branch)
             top = torch.where(self.times == t, float(self.coding.capacity(t)), top)
             multiple = torch.where(self.times == t, float(self.coding.steps // t), multiple)
-        return Tables(branch, top, multiple)
+        factors = [float(self.coding.steps // t) for t in self.tiers]
+        return Tables(branch, top, multiple, torch.tensor(factors, device=self.times.device))

@@ -88,7 +88,7 @@ class GIF(BurstNeuron):
         super().__init__(Burst(steps, 2**bits - 1, tiers, form == "official", common), channels, site)
         self.bits, self.steps, self.levels, self.signed = bits, steps, 2**bits - 1, signed
         self.form, self.span, self.axis, self.role = form, span, axis, ""
-        static = torch.full(self.channels, float("nan")) if axis == "channel" else None
+        static = torch.full(self.channels, float("nan"), dtype=torch.float32) if axis == "channel" else None
         self.register_buffer("low", static)
         self.register_buffer("high", None if static is None else static.clone())
 
@@ -166,7 +166,7 @@ class GIF(BurstNeuron):
         return ((v < self.low) | (v > self.high)).sum()
 
     def _by_token(self, v: Tensor) -> SpikeTrain:
-        branch, top, multiple = self.tables()
+        branch, top, multiple, _ = self.tables()
         masks = [None] if self.span == "shared" else [branch == r for r in range(len(self.tiers))]
         low, high = (torch.stack(ends) for ends in zip(*(_span(v, mask) for mask in masks), strict=True))
         quantum = torch.cat([self._unit(low, high, r) for r in range(len(self.tiers))])
@@ -194,15 +194,14 @@ class GIF(BurstNeuron):
         return torch.stack([z.clamp(max=top) for z, top in zip(_zero_point(low, quantum), tops, strict=True)])
 
     def _by_channel(self, v: Tensor) -> SpikeTrain:
-        branch, top, _ = self.tables()
+        branch, top, _, multiples = self.tables()
         low, unit = self._static(top)
         zero, silent = _zero_point(low, unit), torch.zeros_like(top)
         codes = round_straight_through(v / unit.to(v.dtype)).clamp(-zero, top - zero)
         # Signed codes lie as close to silence as their range lets them; the rest is a bias current.
         zero = zero - zero.clamp(silent, top) if self.signed else zero
-        quantum = torch.tensor(self.coding.multiples, dtype=v.dtype, device=v.device)
         rows = zero.expand(len(self.tiers), *self.channels)
-        return SpikeTrain(codes + zero, quantum, self.coding, branch, zero=rows)
+        return SpikeTrain(codes + zero, multiples.to(v.dtype), self.coding, branch, zero=rows)
 
     def pack(self, train: SpikeTrain) -> Tensor:
         """What a cache holds of a train ``[..., S, E]``: int8 or int16 ``[..., S, E + n]``; n = 0 with static ranges.

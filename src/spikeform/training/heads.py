@@ -66,7 +66,7 @@ def _find_the_others(made: PreTrainedModel, model: PreTrainedModel, config: Any,
         neuron.threshold.data.fill_(float("nan"))
     batches, described = windows(made, list(texts) or None, tokenizer)
     report: Any = made.spikeform_report
-    fit = method_of(config).fit
+    fit: Any = method_of(config).fit  # a streaming method has one
     report.saturation = calibrate(made, batches, lambda neuron, seen: fit(neuron, seen, config)) if new else {}
     report.calibration = described if new else {"source": "thresholds of the language model"}
     report.history = list(getattr(model.spikeform_report, "history", []))

@@ -18,12 +18,11 @@ from spikeform.conversion.calibrate import Progress
 from spikeform.conversion.kinds import blocks
 from spikeform.conversion.pairs import Pair, pairs
 from spikeform.layers import CodedLinear, SpikingLinear
-from spikeform.methods.spikellm import saliency
 from spikeform.methods.spikellm.config import SpikeLLM
 from spikeform.methods.spikellm.convert import put_codes
 from spikeform.methods.spikellm.gptq import gptq, partial_binary
 from spikeform.methods.spikellm.grids import encode
-from spikeform.methods.spikellm.masks import Plan, plan, set_times
+from spikeform.methods.spikellm.masks import Plan, plan, set_times, weight_tier
 from spikeform.methods.spikellm.omniquant import train_block
 from spikeform.methods.spikellm.statistics import Inputs, Statistics
 from spikeform.neurons import recording
@@ -112,7 +111,10 @@ def _convert(
     with statistics.watch():
         block.run_all(spiking)
     facts = {"steps": set_times(statistics, config, planned)} if config.spikes else {}
-    tiers = {name: _tier(layer.weight, statistics.inputs[name].gram, config) for name, layer in _linears(block).items()}
+    tiers = {
+        name: weight_tier(name, layer.weight, statistics.inputs[name].gram, config)
+        for name, layer in statistics.layers.items()
+    }
     clips: dict[str, tuple[Tensor, Tensor]] = {}
     if config.let or config.lwc:
         kinds = [pair for pair in inside if config.key_axis == "token" or pair.kind != "query_key"]
@@ -124,28 +126,6 @@ def _convert(
     error = sum(float((o - t).double().square().sum()) for o, t in zip(out, targets, strict=True))
     added = sum(float((t - d).double().square().sum()) for t, d in zip(targets, dense, strict=True))
     return facts | {"error": error / max(added, 1e-30)}
-
-
-def _linears(block: Block) -> dict[str, SpikingLinear]:
-    return {
-        f"{block.name}.{name}": layer
-        for name, layer in block.module.named_modules()
-        if isinstance(layer, SpikingLinear)
-    }
-
-
-def _tier(weight: Tensor, gram: Tensor, config: SpikeLLM) -> Tensor | None:
-    """Which tier of weight steps each input channel is of: the most salient ones get the most."""
-    if len(config.weight_steps) == 1:
-        return None
-    order = saliency.weight(weight, gram, config.damp).argsort(descending=True, stable=True)
-    tier = torch.zeros(len(order), dtype=torch.uint8, device=order.device)
-    begin = 0
-    for index, share in reversed(list(enumerate(config.weight_salient, start=1))):
-        end = begin + round(share * len(order))
-        tier[order[begin:end]] = index
-        begin = end
-    return tier
 
 
 def _weights(
@@ -168,7 +148,7 @@ def _weights(
                 layer.weight.copy_(partial_binary(layer.weight, inputs.gram, 1 - config.weight_salient[0], **options))
                 continue
             if config.pipeline == "gptq":
-                coded = gptq(layer.weight, inputs.gram, **form, tier=tiers[name], **options)
+                coded = gptq(layer.weight, inputs.gram, **form, tier=tiers[name], **options, sweeps=config.sweeps)
             else:
                 coded = encode(layer.weight, **form, tier=tiers[name], clip=clips.get(name))
             block.module.set_submodule(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +38,13 @@ def set_times(statistics: Statistics, config: SpikeLLM, planned: Plan | None) ->
         neuron.set_times(found)
         times.append(found.float().flatten())
     for name, heads in statistics.heads.items():
-        attention = statistics.attentions[name]
+        attention: Any = statistics.attentions[name]
         attention.query.set_times(torch.ones_like(attention.query.times))
         for role, scores in _head_scores(name, heads, config).items():
-            neuron = getattr(attention, role)
+            neuron: Any = getattr(attention, role)
             neuron.set_times(allocation.fraction(scores, share, neuron.steps).view(neuron.channels))
             if neuron.axis == "channel":
-                neuron.set_range(*(end.view(neuron.channels) for end in (heads.low, heads.high)))
+                neuron.set_range(*(end.view(neuron.channels) for end in heads.ends()))
     return float(torch.cat(times).mean()) if times else 1.0
 
 
@@ -54,33 +55,39 @@ def plan(found: list[Block], dense: list[Tensor], config: SpikeLLM) -> Plan:
     errors: dict[str, float] = {}
     fan_out: dict[str, float] = {}
     spikes: dict[str, Tensor] = {}
+    sharing: dict[str, str] = {}  # of each layer, the one whose steps it takes
     for block in found:
         statistics = Statistics(block.module, block.name)
         with statistics.watch():
             after = block.run_all(dense)
-        scores |= _linear_scores(statistics, config)
-        for name, layer in statistics.layers.items():
-            fan_out[name] = float(layer.out_features)
-            inputs = statistics.inputs[name]
-            spikes[name] = inputs.drive * _neuron(layer).levels / inputs.tokens
+        found_scores = _linear_scores(statistics, config)
+        for readers, inputs in _sharing(statistics, config):
+            name, layers = readers[0], [statistics.layers[reader] for reader in readers]
+            sharing |= dict.fromkeys(readers, name)
+            scores[name] = found_scores[name]
+            fan_out[name] = float(sum(layer.out_features for layer in layers))
+            spikes[name] = inputs.drive * _neuron(layers[0]).levels / inputs.tokens
             if config.allocation == "sensitivity":
-                errors[name] = _error(block, layer, dense, after)
+                errors[name] = _error(block, layers, dense, after)
         dense = after
     if config.allocation == "energy":
-        return allocation.energy(scores, spikes, fan_out, config.budget, config.steps)
-    if config.allocation == "sensitivity":
-        return allocation.sensitivity(scores, errors, fan_out, config.budget, config.steps)
-    return allocation.budget(scores, fan_out, config.budget, config.steps)
+        times = allocation.energy(scores, spikes, fan_out, config.budget, config.steps)
+    elif config.allocation == "sensitivity":
+        times = allocation.sensitivity(scores, errors, fan_out, config.budget, config.steps)
+    else:
+        times = allocation.budget(scores, fan_out, config.budget, config.steps)
+    return {reader: times[name] for reader, name in sharing.items()}
 
 
-def _error(block: Block, layer: SpikingLinear, dense: list[Tensor], after: list[Tensor]) -> float:
-    """Error of the block's output where this layer alone has one step a channel, relative to what the block adds."""
-    neuron = _neuron(layer)
-    unset = neuron.times
-    neuron.set_times(torch.ones_like(unset))
+def _error(block: Block, layers: list[SpikingLinear], dense: list[Tensor], after: list[Tensor]) -> float:
+    """Error of the block's output where these layers alone have one step a channel, relative to what the block adds."""
+    unset = [_neuron(layer).times for layer in layers]
+    for layer in layers:
+        _neuron(layer).set_times(torch.ones_like(_neuron(layer).times))
     with recording(lambda _neuron, _x: None):
         out = block.run_all(dense)
-    neuron.times = unset
+    for layer, times in zip(layers, unset, strict=True):
+        _neuron(layer).times = times
     error = sum(float((o - a).double().square().sum()) for o, a in zip(out, after, strict=True))
     return error / max(sum(float((a - d).double().square().sum()) for a, d in zip(after, dense, strict=True)), 1e-30)
 
@@ -92,12 +99,17 @@ def _neuron(layer: SpikingLinear) -> GIF:
 
 def _linear_scores(statistics: Statistics, config: SpikeLLM) -> Plan:
     found: Plan = {}
-    for group in statistics.groups():
-        sharing = [group.readers] if config.masks == "shared" else [[name] for name in group.readers]
-        for names in sharing:
-            score = _score(group, [statistics.layers[name].weight for name in names], names[0], config)
-            found |= dict.fromkeys(names, score)
+    for names, inputs in _sharing(statistics, config):
+        score = _score(inputs, [statistics.layers[name].weight for name in names], names[0], config)
+        found |= dict.fromkeys(names, score)
     return found
+
+
+def _sharing(statistics: Statistics, config: SpikeLLM) -> list[tuple[list[str], Inputs]]:
+    """Layers that have one mask together, and their input."""
+    if config.masks == "shared":
+        return [(group.readers, group) for group in statistics.groups()]
+    return [([name], group) for group in statistics.groups() for name in group.readers]
 
 
 def _score(inputs: Inputs, weights: list[Tensor], site: str, config: SpikeLLM) -> Tensor:
@@ -119,6 +131,33 @@ def _head_scores(site: str, heads: Heads, config: SpikeLLM) -> Plan:
         key = _other(heads.peaks["key"], f"{site}.key", config)
         return {"key": key, "value": _other(heads.peaks["value"], f"{site}.value", config)}
     return {"key": key, "value": saliency.value(heads.squares, len(heads.key), heads.outputs)}
+
+
+def weight_tier(site: str, weight: Tensor, gram: Tensor, config: SpikeLLM) -> Tensor | None:
+    """Which tier of weight steps each input channel is of, uint8 ``[K]``: the most salient ones get the most steps.
+
+    Args:
+        site: The layer's name.
+        weight: ``[N, K]``.
+        gram: ``X^T X`` of its input, ``[K, K]``.
+        config: Of the conversion.
+
+    Returns:
+        None where there is one tier.
+    """
+    if len(config.weight_steps) == 1:
+        return None
+    score = saliency.weight(weight, gram, config.damp)
+    if config.saliency == "random":
+        score = _other(score, f"{site}.weight", config)
+    order = score.argsort(descending=True, stable=True)
+    tier = torch.zeros(len(order), dtype=torch.uint8, device=order.device)
+    begin = 0
+    for index, share in reversed(list(enumerate(config.weight_salient, start=1))):
+        end = begin + round(share * len(order))
+        tier[order[begin:end]] = index
+        begin = end
+    return tier
 
 
 def _other(peaks: Tensor, site: str, config: SpikeLLM) -> Tensor:

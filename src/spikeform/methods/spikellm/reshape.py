@@ -7,6 +7,7 @@ This order, and balancing at all, are ours.
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def reshape(model: PreTrainedModel, config: SpikeLLM, batches: list[Tensor]) -> 
     rotate(model, config.seed)
 
 
-def _columns(layer: nn.Module) -> Tensor:
+def _columns(layer: Any) -> Tensor:
     """Largest weight of each input column, ``[K]``."""
     return layer.weight.abs().amax(1 if is_conv1d(layer) else 0).float()
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from spikeform.errors import CalibrationError
 from spikeform.layers import SpikingAttention, SpikingLinear
 from spikeform.methods.spikellm import saliency
 from spikeform.neurons import Neuron, recording
@@ -89,6 +90,12 @@ class Heads:
         self.high = high if self.high is None else torch.maximum(self.high, high)
         self.tokens += positions
 
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Least and largest key of each channel, ``[G, E]``; keys must have been seen."""
+        assert self.low is not None
+        assert self.high is not None
+        return self.low, self.high
+
     def answer(self, context: Tensor) -> None:
         """Count one output of the attention, ``[B, L, H, E]``."""
         squares = context.double().square().sum((0, 1))
@@ -127,7 +134,11 @@ class Statistics:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Count what comes in; uncalibrated neurons pass it on unchanged."""
+        """Count what comes in; uncalibrated neurons pass it on unchanged.
+
+        Raises:
+            CalibrationError: A layer was given nothing.
+        """
         handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in self.layers.items()]
         for name, attention in self.attentions.items():
             answer = self.heads[name].answer
@@ -139,6 +150,9 @@ class Statistics:
             self._now = None
             for handle in handles:
                 handle.remove()
+        unseen = [name for name in self.layers if name not in self.inputs]
+        if unseen:
+            raise CalibrationError(f"{unseen[0]} saw no calibration input; leave it dense (skip)")
 
     def _hook(self, name: str):
         def hook(_module: nn.Module, args: tuple) -> None:
