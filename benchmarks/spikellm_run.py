@@ -153,6 +153,7 @@ def measure(job: tuple[str, str, int, str]) -> dict[str, Any]:
             facts |= counts(converted, ids[:COUNTED].view(-1, WINDOW).to(device))
     found = perplexity(converted, ids.to(device), window=WINDOW, batch_size=8)
     row = {"model": model, "variant": variant, "options": VARIANTS.get(variant, {}), "perplexity": found.perplexity}
+    row |= {"hardware": torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}, one thread"}
     return row | {"nats": found.nats, "stderr": found.stderr, "tokens": found.tokens, "seconds": seconds} | facts
 
 
@@ -177,7 +178,6 @@ def main() -> None:
         "protocol": f"books/valid, first {args.tokens} tokens, non-overlapping windows of {WINDOW}; calibrated on "
         f"{CALIBRATION_WINDOWS * WINDOW} tokens of books/train-00, windows of {WINDOW}; seed 0; spikes and ESTIMATED "
         f"energy on the first {COUNTED} tokens, prefill; fp32 without TF32",
-        "hardware": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.machine()}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     have = {(row["model"], row["variant"]) for row in result["rows"]}

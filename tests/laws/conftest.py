@@ -35,9 +35,9 @@ def spiking_of(family: str, twin: bool = False, **options):
 
 @cache
 def saliency_of(family: str, twin: bool = False, **options):
-    """A copy converted with SpikeLLM, trained for one epoch on four short sequences."""
+    """A copy converted with SpikeLLM on four short sequences; with options, untrained unless they say epochs."""
     model = copy.deepcopy(twin_of(family) if twin else dense_of(family))
-    config = spikeform.SpikeLLM(**{"epochs": 1, **options})
+    config = spikeform.SpikeLLM(**{"epochs": 0 if options else 1, **options})
     return spikeform.convert(model, config, families.tokens(rows=4, length=24, seed=5))
 
 

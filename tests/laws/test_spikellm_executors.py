@@ -31,11 +31,16 @@ INTEGER = {
     "ternary": TERNARY,
     "gptq": {"pipeline": "gptq"},
     "tiers": {"pipeline": "rtn", "weight_steps": (1, 4), "weight_salient": (0.2,), "weight_bits": 3},
-    "dense attention": {"attention": False, "epochs": 0},
+    "dense attention": {"attention": False},
 }
 REAL = {
     "real weights": {"weight_bits": 16},
-    "partly binary": {"pipeline": "gptq", "weight_form": "partial_binary", "weight_steps": (1, 8), "weight_salient": (0.1,)},
+    "partly binary": {
+        "pipeline": "gptq",
+        "weight_form": "partial_binary",
+        "weight_steps": (1, 8),
+        "weight_salient": (0.1,),
+    },
     "real inputs": {"bits": 16, "weight_steps": (1, 2), "weight_salient": (0.2,)},
     "ternary weights": {**TERNARY, "bits": 16},
 }
@@ -146,6 +151,6 @@ def test_signed_spikes_are_far_fewer(saliency):
     """Zero is silent; the unsigned code has it in the middle. The values carried are the same."""
     sent = []
     for signed in (True, False):
-        products = products_of(saliency("opt", signed=signed, epochs=0), families.tokens())
+        products = products_of(saliency("opt", signed=signed), families.tokens())
         sent.append(sum(int(e.operands[0].count().sum()) for e in products if e.kind == "linear"))
     assert sent[0] < 0.5 * sent[1], sent

@@ -28,7 +28,7 @@ def error(dense, saliency, logits):
     """Mean relative error of the logits over a few families."""
 
     def measure(**options):
-        found = [difference(logits(dense(f), IDS), logits(saliency(f, epochs=0, **options), IDS)) for f in FEW]
+        found = [difference(logits(dense(f), IDS), logits(saliency(f, **options), IDS)) for f in FEW]
         return sum(found) / len(found)
 
     return measure
@@ -50,8 +50,7 @@ def test_more_bits_are_never_worse_and_reach_the_dense_model(error):
     found = [error(bits=bits, weight_bits=bits) for bits in (3, 4, 6, 8)]
     assert all(later < 0.6 * earlier for earlier, later in pairwise(found)), found
     assert found[-1] < 0.02, found
-    finest = error(bits=8, weight_bits=8, steps=8, salient=1.0, probability_bits=16)
-    assert finest < 0.8 * found[-1]
+    assert error(bits=8, weight_bits=16, steps=8, salient=1.0) < 0.7 * found[-1]  # queries have one step, keys two
 
 
 def test_more_weight_steps_are_never_worse(error):
@@ -165,7 +164,10 @@ def test_every_linear_and_attention_of_a_block_spikes(family, saliency):
 def test_rows_of_other_weights(saliency):
     for options, kind in (
         ({"weight_bits": 16}, "SpikingLinear"),
-        ({"pipeline": "gptq", "weight_form": "partial_binary", "weight_steps": (1, 8), "weight_salient": (0.1,)}, "SpikingLinear"),
+        (
+            {"pipeline": "gptq", "weight_form": "partial_binary", "weight_steps": (1, 8), "weight_salient": (0.1,)},
+            "SpikingLinear",
+        ),
         ({"bits": 16}, "CodedLinear"),
     ):
         report = saliency("llama", **options).spikeform_report

@@ -24,6 +24,7 @@ from spikeform.spikes.trace import Firing, observe
 
 IDS = families.tokens(rows=3, length=14)
 NAME = "written_down_here"
+START = 1 / (1 + math.exp(-4.0))  # OmniQuant's first clip factor
 # Every token sees all: alone with itself, the first one's context would lie on a grid, where codes are ties.
 SEEN = {
     "attention_mask": torch.zeros(3, 1, 14, 14, dtype=torch.float64),
@@ -176,7 +177,7 @@ def wide(model):
     return copy.deepcopy(model).double()
 
 
-def clipped(_name, w, bits=4, factor=1 / (1 + math.exp(-4.0))):
+def clipped(_name, w, bits=4, factor=START):
     """Section 3.3 where nothing was learned yet: rows from 0.982 min to 0.982 max, asymmetric, fp32."""
     high, low = factor * w.amax(1, keepdim=True).clamp(min=0), factor * w.amin(1, keepdim=True).clamp(max=0)
     scale = (high - low) / (2**bits - 1)
@@ -215,7 +216,10 @@ def test_the_transformation_leaves_the_function(epochs, saliency, dense):
     assert scale.std() / scale.mean() > 0.1
     ratio = []
     for name in ("q_proj", "k_proj"):
-        moved, real = weights_of(block.self_attn.get_submodule(name)), plain.self_attn.get_submodule(name).weight.detach()
+        moved, real = (
+            weights_of(block.self_attn.get_submodule(name)),
+            plain.self_attn.get_submodule(name).weight.detach(),
+        )
         rows = (moved * (real * scale)).sum(1) / (real * scale).square().sum(1)  # least squares: what multiplied a row
         ratio.append(rows.unflatten(0, (-1, 2, 8)))
         assert difference(clipped("", (real * scale * rows.float()[:, None]), factor=1.0), moved) < 0.2 * (1 + epochs)
@@ -285,7 +289,9 @@ def test_codes_and_outputs_of_every_layer(family, options, saliency, logits):
     model = saliency(family, **options)
     config, fired, outputs = model.config.quantization_config, {}, {}
     layers = {n: m for n, m in model.named_modules() if isinstance(m, CodedLinear)}
-    handles = [m.register_forward_hook(lambda m, a, out, n=n: outputs.update({n: (a[0], out)})) for n, m in layers.items()]
+    handles = [
+        m.register_forward_hook(lambda m, a, out, n=n: outputs.update({n: (a[0], out)})) for n, m in layers.items()
+    ]
     with observe(lambda event: fired.update({event.site: event}) if isinstance(event, Firing) else None):
         logits(model, IDS)
     for handle in handles:
@@ -296,7 +302,9 @@ def test_codes_and_outputs_of_every_layer(family, options, saliency, logits):
         quantise = Quantiser(layer.neuron, config.bits, config.form, config.span)
         wanted, units = quantise.codes(x)
         assert int((fired[name].train.centred() != wanted).sum()) == 0, name
-        fake = F.linear((wanted * units).double(), weights_of(layer), None if layer.bias is None else layer.bias.double())
+        fake = F.linear(
+            (wanted * units).double(), weights_of(layer), None if layer.bias is None else layer.bias.double()
+        )
         assert difference(fake, out) < 1e-6, name
 
 
@@ -308,9 +316,11 @@ def test_grouped_queries(family, saliency):
     groups = getattr(model.config, "num_key_value_heads", heads)
     attentions = [m for m in model.modules() if isinstance(m, SpikingAttention)]
     fired = {}
-    with observe(lambda event: fired.update({event.site: event.train}) if isinstance(event, Firing) else None):
-        with torch.no_grad():
-            model(IDS)
+    with (
+        torch.no_grad(),
+        observe(lambda event: fired.update({event.site: event.train}) if isinstance(event, Firing) else None),
+    ):
+        model(IDS)
     for attention in attentions:
         size = attention.query.channels[0]
         assert tuple(attention.key.times.shape) == tuple(attention.value.times.shape) == (groups, 1, size)

@@ -13,12 +13,12 @@ from spikeform.conversion.kinds import blocks
 from spikeform.conversion.pairs import pairs
 from spikeform.errors import CalibrationError
 from spikeform.layers import SpikingLinear
+from spikeform.methods.spikellm.balance import balance, start
 from spikeform.methods.spikellm.clipping import fake_quantise
 from spikeform.methods.spikellm.config import SpikeLLM
 from spikeform.methods.spikellm.convert import prepare
 from spikeform.methods.spikellm.grids import encode
 from spikeform.methods.spikellm.omniquant import train_block
-from spikeform.methods.spikellm.trainee import start
 from spikeform.neurons import GIF, recording
 from spikeform.pretrained.twin import outlier_twin
 
@@ -31,7 +31,10 @@ class Case:
     """The second block of a model, what it is given, and what it should answer."""
 
     def __init__(self, model, ids=None, **options):
-        self.model, self.config = model, SpikeLLM(**{"epochs": 2, "let_lr": 2e-2, "lwc_lr": 0.1, **options})
+        self.model, self.config = (
+            model,
+            SpikeLLM(**{"epochs": 2, "let_lr": 2e-2, "lwc_lr": 0.1, "alpha": 0.75, **options}),
+        )
         prepare(model, self.config)
         found = [Block(name, module, []) for name, module in blocks(model)]
         with torch.no_grad():
@@ -71,7 +74,9 @@ class Case:
     def train(self, tiers=None):
         name = self.block.name
         inside = [p for p in pairs(self.model) if p.producer_name.startswith(f"{name}.")]
-        arguments = (self.inputs, self.targets, self.block.calls, self.config, self.actmax, tiers)
+        if self.config.let:
+            balance(self.block.module, name, inside, self.actmax, self.config.alpha)
+        arguments = (self.inputs, self.targets, self.block.calls, self.config, tiers)
         self.clips = train_block(
             self.block.module, name, inside, *arguments, lambda _, error: self.losses.append(error)
         )

@@ -18,6 +18,7 @@ from spikeform.conversion.calibrate import Progress
 from spikeform.conversion.kinds import blocks
 from spikeform.conversion.pairs import Pair, pairs
 from spikeform.layers import CodedLinear, SpikingLinear
+from spikeform.methods.spikellm.balance import balance
 from spikeform.methods.spikellm.config import SpikeLLM
 from spikeform.methods.spikellm.convert import put_codes
 from spikeform.methods.spikellm.gptq import gptq, partial_binary
@@ -107,9 +108,12 @@ def _convert(
     planned: Plan | None,
 ) -> dict[str, Any]:
     """All of one block; returns its facts."""
-    statistics = Statistics(block.module, block.name)
-    with statistics.watch():
-        block.run_all(spiking)
+    kinds = [pair for pair in inside if config.key_axis == "token" or pair.kind != "query_key"]
+    statistics = _seen(block, spiking)
+    if config.let:
+        peaks = {name: inputs.peaks for name, inputs in statistics.inputs.items()}
+        balance(block.module, block.name, kinds, peaks, config.alpha)
+        statistics = _seen(block, spiking)
     facts = {"steps": set_times(statistics, config, planned)} if config.spikes else {}
     tiers = {
         name: weight_tier(name, layer.weight, statistics.inputs[name].gram, config)
@@ -117,9 +121,7 @@ def _convert(
     }
     clips: dict[str, tuple[Tensor, Tensor]] = {}
     if config.let or config.lwc:
-        kinds = [pair for pair in inside if config.key_axis == "token" or pair.kind != "query_key"]
-        peaks = {name: inputs.peaks for name, inputs in statistics.inputs.items()}
-        clips = train_block(block.module, block.name, kinds, spiking, targets, block.calls, config, peaks, tiers)
+        clips = train_block(block.module, block.name, kinds, spiking, targets, block.calls, config, tiers)
     if config.weight_bits != 16:
         _weights(block, spiking, statistics, config, tiers, clips)
     out = block.run_all(spiking)
@@ -139,7 +141,7 @@ def _weights(
     """Integer weights for every linear layer, in the order in which they run."""
     form = {"bits": config.weight_bits, "tiers": config.weight_steps, "ternary": config.weight_form == "ternary"}
     for group in statistics.groups():
-        inputs = _again(block, spiking, group, config) if config.pipeline == "gptq" else group
+        inputs = _again(block, spiking, group) if config.pipeline == "gptq" else group
         for name in group.readers:
             layer = block.module.get_submodule(name.removeprefix(f"{block.name}."))
             assert isinstance(layer, SpikingLinear)
@@ -156,12 +158,16 @@ def _weights(
             )
 
 
-def _again(block: Block, spiking: list[Tensor], group: Inputs, config: SpikeLLM) -> Inputs:
+def _again(block: Block, spiking: list[Tensor], group: Inputs) -> Inputs:
     """The group's input as the layers before it, already of integer weights, now send it."""
-    statistics = Statistics(block.module, block.name, group.readers)
+    return _seen(block, spiking, group.readers).inputs[group.readers[0]]
+
+
+def _seen(block: Block, hidden: list[Tensor], only: list[str] | None = None) -> Statistics:
+    statistics = Statistics(block.module, block.name, only)
     with statistics.watch():
-        block.run_all(spiking)
-    return statistics.inputs[group.readers[0]]
+        block.run_all(hidden)
+    return statistics
 
 
 def _load(module: nn.Module, tensors: dict[str, Tensor]) -> None:

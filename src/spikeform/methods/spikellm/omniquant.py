@@ -31,7 +31,6 @@ def train_block(
     targets: list[Tensor],
     calls: list[tuple[tuple, dict]],
     config: SpikeLLM,
-    actmax: dict[str, Tensor],
     tiers: dict[str, Tensor | None] | None = None,
     notify: Callable[[int, float], None] | None = None,
 ) -> dict[str, Factors]:
@@ -50,7 +49,6 @@ def train_block(
         calls: The block's other positional and keyword arguments for each batch.
         config: ``pipeline``, ``lwc``, ``let``, ``epochs``, ``batch_size``, ``lwc_lr``, ``let_lr``, ``alpha``,
             ``weight_bits``, ``weight_steps`` and ``seed`` count here.
-        actmax: Largest magnitude of each input channel ``[K]`` of every linear layer.
         tiers: Weight tier of each input channel ``[K]`` of a layer; a layer that is absent or None has one tier.
         notify: Called with the number of epochs done and the mean squared error over all batches.
 
@@ -60,7 +58,7 @@ def train_block(
     Raises:
         CalibrationError: A neuron is not calibrated, the data are not finite, or training diverged.
     """
-    trainee = Trainee(block, name, pairs, config, actmax, tiers or {})
+    trainee = Trainee(block, name, pairs, config, tiers or {})
     if config.pipeline == "omniquant" and config.epochs and (trainee.scales or trainee.logits):
         batches = list(zip(inputs, targets, calls, strict=True))
         with torch.enable_grad(), recording(_unseen):  # probabilities stay real: their 16 bits round nothing here

@@ -6,7 +6,9 @@ This order, and balancing at all, are ours.
 
 from __future__ import annotations
 
+import copy
 import inspect
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,9 +17,9 @@ from transformers import PreTrainedModel
 
 from spikeform.conversion.pairs import apply, pairs
 from spikeform.conversion.parts import is_conv1d
-from spikeform.conversion.rotation import rotate
+from spikeform.conversion.rotation import restructure, rotate
+from spikeform.methods.spikellm.balance import share, start
 from spikeform.methods.spikellm.config import SpikeLLM
-from spikeform.methods.spikellm.trainee import start
 
 BALANCED = ("value", "feed_forward")  # a norm's gain is folded into what follows it, so rotation sees no scale there
 
@@ -36,18 +38,20 @@ def reshape(model: PreTrainedModel, config: SpikeLLM, batches: list[Tensor]) -> 
     """
     if not config.rotate:
         return
+    tensors = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    restructure(copy.deepcopy(model, tensors))  # the modules alone: what cannot be rotated is refused before it changes
     chosen = [pair for pair in pairs(model) if pair.kind in BALANCED]
     peaks = _peaks(model, [consumer for pair in chosen for consumer in pair.consumers], batches)
     for pair in chosen:
         act = torch.stack([pair.largest(peaks[consumer]) for consumer in pair.consumers]).amax(0)
-        column = torch.stack([pair.largest(_columns(consumer)) for consumer in pair.consumers]).amax(0)
-        apply(pair, start(act.double(), column.double(), config.alpha))
+        shares = [pair.largest(share(_weight(consumer), peaks[consumer])) for consumer in pair.consumers]
+        apply(pair, start(act.double(), torch.stack(shares).amax(0), config.alpha))
     rotate(model, config.seed)
 
 
-def _columns(layer: Any) -> Tensor:
-    """Largest weight of each input column, ``[K]``."""
-    return layer.weight.abs().amax(1 if is_conv1d(layer) else 0).float()
+def _weight(layer: Any) -> Tensor:
+    """``[N, K]``."""
+    return layer.weight.T if is_conv1d(layer) else layer.weight
 
 
 def _peaks(model: PreTrainedModel, layers: list[nn.Module], batches: list[Tensor]) -> dict[nn.Module, Tensor]:

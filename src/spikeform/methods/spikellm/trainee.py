@@ -1,12 +1,7 @@
 """What is learned about one block: its weights' clip factors, and the scales of its pairs.
 
-A pair's scale is ``s = s0 exp(u)``, u from 0: positive, and alike for a model whose channels were rescaled (the
-released code learns ``s`` itself, kept above 0.01). The start, per channel, over all layers that read it:
-
-    s0 = x^alpha / w^(1 - alpha),  x = max |x_j|,  w = max_i |W_ij| / sqrt(sum_k (W_ik x_k)^2);   1 for query_key
-
-The released code's w is ``max_i |W_ij|`` of one of the layers. But each row has a scale of its own, so that a row's
-size must not count; neither then does the order of the pairs, of which one's consumer is the other's producer.
+A pair's scale is ``s = exp(u)``, u from 0, on top of what balancing has folded already: positive, and alike for a
+model whose channels were rescaled (the released code learns ``s`` itself, kept above 0.01).
 """
 
 from __future__ import annotations
@@ -33,7 +28,7 @@ class Trainee:
     """A block's real parameters in (at least) fp32, and what is learned about them.
 
     Attributes:
-        scales: Each pair, its start ``s0`` and the logarithm ``u`` of what is learned beyond, ``[channels]``.
+        scales: Each pair, and the logarithm ``u`` of its scale, ``[channels]``.
         logits: Of the clip factors of each linear layer (its name in the block), ``[R, N]``.
     """
 
@@ -43,7 +38,6 @@ class Trainee:
         name: str,
         pairs: Sequence[Pair],
         config: SpikeLLM,
-        actmax: dict[str, Tensor],
         tiers: dict[str, Tensor | None],
     ) -> None:
         silent = [n.site for n in block.modules() if isinstance(n, ThresholdNeuron) and not n.calibrated]
@@ -55,10 +49,10 @@ class Trainee:
         self.tiers = {n: tiers.get(self.prefix + n) for n in self.layers}
         real = config.weight_bits == REAL
         self.levels = () if real else levels_of(config.weight_bits, config.weight_steps, ternary=False)
-        self.scales: list[tuple[Pair, Tensor, Tensor]] = []
+        self.scales: list[tuple[Pair, Tensor]] = []
         for pair in pairs if config.let else ():
-            s0 = self._start(pair, actmax, config.alpha)
-            self.scales.append((pair, s0, torch.zeros_like(s0, requires_grad=True)))
+            device = self.masters[f"{pair.producer_name.removeprefix(self.prefix)}.weight"].device
+            self.scales.append((pair, torch.zeros(pair.channels, device=device, requires_grad=True)))
         self.logits: dict[str, Factors] = {}
         for layer in self.layers if config.lwc else ():
             weight = self.masters[f"{layer}.weight"]
@@ -66,13 +60,13 @@ class Trainee:
 
     def leaves(self) -> tuple[list[Tensor], list[Tensor]]:
         """What is learned: of the scales, and of the clip factors."""
-        return [u for _, _, u in self.scales], [logit for pair in self.logits.values() for logit in pair]
+        return [u for _, u in self.scales], [logit for pair in self.logits.values() for logit in pair]
 
     def transformed(self) -> dict[str, Tensor]:
         """The block's parameters, real, every pair rescaled."""
         params = self.masters
-        for pair, s0, u in self.scales:
-            params = scaled(pair, s0 * u.exp(), params, self.prefix)
+        for pair, u in self.scales:
+            params = scaled(pair, u.exp(), params, self.prefix)
         return params
 
     def parameters(self) -> dict[str, Tensor]:
@@ -102,35 +96,6 @@ class Trainee:
         return {
             self.prefix + layer: (g.detach().sigmoid(), b.detach().sigmoid()) for layer, (g, b) in self.logits.items()
         }
-
-    def _start(self, pair: Pair, actmax: dict[str, Tensor], alpha: float) -> Tensor:
-        readers = [n for n in pair.consumer_names if n.removeprefix(self.prefix) in self.layers]
-        device = self.masters[f"{pair.producer_name.removeprefix(self.prefix)}.weight"].device
-        if pair.kind == "query_key" or not readers:
-            return torch.ones(pair.channels, device=device)
-        peaks, shares = [], []
-        for reader in readers:
-            peak = actmax[reader].to(device).double()
-            weight = self.masters[f"{reader.removeprefix(self.prefix)}.weight"].double().abs()
-            row = (weight * peak).square().sum(1, keepdim=True).sqrt()
-            peaks.append(peak)
-            shares.append((weight / torch.where(row > 0, row, 1.0)).amax(0))
-        return start(pair.largest(torch.stack(peaks).amax(0)), pair.largest(torch.stack(shares).amax(0)), alpha)
-
-
-def start(act: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """``act^alpha / weight^(1 - alpha)`` of each channel's largest magnitudes, fp32 ``[channels]``, both fp64.
-
-    A channel that is zero in one of them is given the other channels' median product; one zero in both, 1. Worked out
-    in fp64, so that a channel rescaled by a power of two gets the same fp32 number, so much larger.
-    """
-    product = (act * weight)[(act > 0) & (weight > 0)]
-    if not len(product):
-        return torch.ones_like(act, dtype=torch.float32)
-    typical, dead = product.median(), (act == 0) & (weight == 0)
-    act = torch.where(act > 0, act, typical / weight)
-    weight = torch.where(weight > 0, weight, typical / act)
-    return torch.where(dead, 1.0, act**alpha / weight ** (1 - alpha)).float()
 
 
 def wide(tensor: Tensor) -> Tensor:
