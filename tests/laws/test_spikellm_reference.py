@@ -337,8 +337,11 @@ def test_grouped_queries(family, saliency):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_masks_are_those_of_the_direct_formulas(family, saliency, dense, logits):
-    """Sections 2.2 and 2.3, with no Gram matrix, on the first block: what reaches it is what the dense model sends."""
-    model, plain, seen = saliency(family), copy.deepcopy(dense(family)).double(), {}
+    """Sections 2.2 and 2.3, with no Gram matrix, on the first block: what reaches it is what the dense model sends.
+
+    Without the transformation, which comes first here and rescales what channels are ranked by.
+    """
+    model, plain, seen = saliency(family, let=False), copy.deepcopy(dense(family)).double(), {}
     first = [n for n, m in model.named_modules() if isinstance(m, SpikingLinear) and (".0." in n)]
     for name in first:
         plain.get_submodule(name).register_forward_pre_hook(lambda m, args, n=name: seen.__setitem__(n, args[0]))

@@ -85,11 +85,17 @@ def test_packed_and_back(form):
 
 
 @pytest.mark.parametrize(
-    ("zero", "dtype"),
-    [(-128, torch.int8), (127, torch.int8), (128, torch.uint8), (255, torch.uint8), (-129, torch.int16)],
+    ("form", "zero", "dtype"),
+    [
+        (Form(8), 0, torch.int8),
+        (Form(8), 127, torch.int8),
+        (Form(8), 128, torch.uint8),
+        (Form(8), 255, torch.uint8),
+        (Form(8, (2,)), 256, torch.int16),
+    ],
 )
-def test_zero_points_take_as_little_as_they_can(zero, dtype):
-    layer = coded()
+def test_zero_points_take_as_little_as_they_can(form, zero, dtype):
+    layer = coded(form)
     q = layer.weight + layer.zero[0, :, None]
     layer.zero = torch.full_like(layer.zero, zero)
     layer.weight = q - layer.zero[0, :, None]

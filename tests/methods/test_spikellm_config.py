@@ -127,12 +127,12 @@ def test_a_recipe(tmp_path):
         read_config(recipe=path)
 
 
-def test_a_whole_config_with_another_pipeline_says_what_to_change():
-    """What ``to_dict`` writes is settled: ``lwc`` is true, which another pipeline cannot do."""
+def test_a_whole_config_takes_another_pipeline():
+    """What is left to the pipeline stays so in what ``to_dict`` writes."""
     data = SpikeLLM().to_dict() | {"pipeline": "gptq"}
+    assert SpikeLLM.from_dict(data) == replace(SpikeLLM(), pipeline="gptq") == SpikeLLM(pipeline="gptq")
     with pytest.raises(ConfigError, match="lwc"):
-        SpikeLLM.from_dict(data)
-    assert SpikeLLM.from_dict(data | {"lwc": None, "let": None}) == SpikeLLM(pipeline="gptq")
+        SpikeLLM.from_dict(data | {"lwc": True})
 
 
 def test_keys_that_are_not_known():
@@ -156,6 +156,6 @@ def test_the_papers_settings_are_the_defaults():
     config = SpikeLLM()
     assert (config.bits, config.weight_bits, config.steps, config.salient) == (4, 4, 2, 0.1)
     assert (config.saliency, config.allocation, config.masks, config.span) == ("obs", "fraction", "own", "shared")
-    assert (config.lwc, config.let, config.spikes, config.codes) == (True, True, True, True)
+    assert (config.clips, config.transforms, config.spikes, config.codes) == (True, True, True, True)
     gptq = SpikeLLM(pipeline="gptq")
-    assert (gptq.lwc, gptq.let) == (False, False)
+    assert (gptq.clips, gptq.transforms) == (False, False)

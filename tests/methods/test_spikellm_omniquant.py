@@ -74,7 +74,7 @@ class Case:
     def train(self, tiers=None):
         name = self.block.name
         inside = [p for p in pairs(self.model) if p.producer_name.startswith(f"{name}.")]
-        if self.config.let:
+        if self.config.transforms:
             balance(self.block.module, name, inside, self.actmax, self.config.alpha)
         arguments = (self.inputs, self.targets, self.block.calls, self.config, tiers)
         self.clips = train_block(
@@ -145,7 +145,7 @@ def test_closed_form_start_needs_no_training_and_no_data(options):
     case.train()
     assert not case.losses
     case.inputs = held
-    trained = Case(families.build("llama"), epochs=1, lwc=case.config.lwc).train()
+    trained = Case(families.build("llama"), epochs=1, lwc=case.config.clips).train()
     assert case.error() == pytest.approx(trained.losses[0], rel=1e-2)
 
 

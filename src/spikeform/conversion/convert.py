@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from spikeform.conversion.calibrate import Progress
@@ -52,7 +53,11 @@ def convert(
         raise ConversionError("the model is converted already; load the dense model to convert it anew")
     if existing is not None and existing is not config:
         raise ConversionError(f"the model is quantized already ({type(existing).__name__}); load it unquantized")
-    attach(model, config, transform(model, config, calibration, tokenizer, workdir, progress))
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ConversionError("the model lies on the meta device and has no values: load its weights first")
+    with torch.inference_mode(False):  # training and saved tensors want tensors that may have gradients
+        report = transform(model, config, calibration, tokenizer, workdir, progress)
+    attach(model, config, report)
     return model
 
 

@@ -86,6 +86,10 @@ def problems(read: dict[str, Tensor], form: Form, rows: int, columns: int) -> li
         found.append("scale is missing, misshapen, negative or not finite")
     if zero is not None and (list(zero.shape) != shape or zero.dtype not in ZEROS):
         found.append(f"zero is {list(zero.shape)} of {zero.dtype}, not {shape} of small integers")
+    elif zero is not None:
+        tops = torch.tensor(form.levels, device=zero.device)[:, None]
+        if bool(((zero < 0) | (zero.to(tops) > tops)).any()):
+            found.append(f"zero is not a code of a grid of up to {max(form.levels) + 1} levels")
     if tier is not None and (list(tier.shape) != [columns] or tier.dtype != torch.uint8 or int(tier.max()) >= shape[0]):
         return [*found, f"tier is not one of {shape[0]} tiers for each of {columns} channels"]
     sizes = [len(c) for c in _columns(tier, form, columns, scale.device)]

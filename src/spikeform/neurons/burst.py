@@ -42,7 +42,7 @@ class BurstNeuron(ThresholdNeuron):
         super().__init__(site)
         self.coding, self.channels, self.tiers = coding, tuple(channels), coding.tiers
         self.register_buffer("times", torch.zeros(self.channels, dtype=torch.uint8))
-        self._known: tuple[tuple, Tables] | None = None
+        self._known: tuple[Tensor, int | None, Tables] | None = None
 
     @property
     def name(self) -> str:
@@ -81,12 +81,13 @@ class BurstNeuron(ThresholdNeuron):
         if torch.compiler.is_compiling():
             return self._of_times()
         times = self.times
-        key = (id(times), None if times.is_inference() else times._version)
-        if self._known is None or self._known[0] != key:
+        version = None if times.is_inference() else times._version
+        # The tensor itself is kept: another one may later lie where a dead one lay.
+        if self._known is None or self._known[0] is not times or self._known[1] != version:
             if not self.calibrated:
                 raise SpikeformError(f"{self.name} is not calibrated: convert with calibration data, or set_times()")
-            self._known = (key, self._look_up())
-        return self._known[1]
+            self._known = (times, version, self._look_up())
+        return self._known[2]
 
     def _look_up(self) -> Tables:
         # Not inference tensors, even when met in inference mode first: a backward pass may want them later.
@@ -95,10 +96,10 @@ class BurstNeuron(ThresholdNeuron):
 
     def _of_times(self) -> Tables:
         branch = torch.zeros_like(self.times)
-        top, multiple = (torch.zeros(self.channels, device=self.times.device) for _ in range(2))
+        top, multiple = (torch.zeros(self.channels, dtype=torch.float32, device=self.times.device) for _ in range(2))
         for r, t in enumerate(self.tiers):
             branch = torch.where(self.times == t, r, branch)
             top = torch.where(self.times == t, float(self.coding.capacity(t)), top)
             multiple = torch.where(self.times == t, float(self.coding.steps // t), multiple)
         factors = [float(self.coding.steps // t) for t in self.tiers]
-        return Tables(branch, top, multiple, torch.tensor(factors, device=self.times.device))
+        return Tables(branch, top, multiple, torch.tensor(factors, dtype=torch.float32, device=self.times.device))

@@ -61,16 +61,16 @@ class SpikeTrain:
 
     def _of_branch(self, table: Tensor) -> Tensor:
         """The row of ``table`` ``[R, *b]`` that each element's sub-neuron has; broadcasts to the codes."""
-        if self.branch is None:
+        if self.branch is None or table.shape[0] == 1:
             return table[0]
         if table.shape[0] == 2:
             return torch.where(self.branch.bool(), table[1], table[0])
         if table.ndim == 1:
             return table[self.branch.long()]
-        rows, *inner = table.shape
-        lined_up = table.view(rows, *[1] * (self.codes.ndim - len(inner)), *inner)
-        expanded = lined_up.expand(-1, *self.codes.shape)
-        return expanded.gather(0, self.branch.long().expand(self.codes.shape)[None]).squeeze(0)
+        found = table[0]
+        for r in range(1, table.shape[0]):  # no gather: that would need the codes' whole shape
+            found = torch.where(self.branch == r, table[r], found)
+        return found
 
     def zero_of_branch(self) -> Tensor:
         """The code that stands for 0 of each element; broadcasts to the codes (a scalar 0 where there is no zero)."""

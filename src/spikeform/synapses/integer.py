@@ -36,7 +36,7 @@ class IntegerWeight:
     @classmethod
     def of(cls, codes: Tensor) -> IntegerWeight:
         """An integer tensor ``[N, K]`` as a weight whose codes are worth 1."""
-        ones = torch.ones(1, codes.shape[0], device=codes.device)
+        ones = torch.ones(1, codes.shape[0], dtype=torch.float32, device=codes.device)
         bits = torch.iinfo(codes.dtype).bits
         return cls(codes, ones, torch.zeros_like(ones, dtype=torch.int16), None, bits)
 

@@ -58,15 +58,24 @@ def calibrate(
     model.eval()
     found = [Block(name, module, []) for name, module in blocks(model)]
     dense = capture(model, batches, found, _unseen)
-    planned = plan(found, dense, config) if config.spikes and config.allocation != "fraction" else None
-    transformed = _pairs_by_block(model, found) if config.let else {}
+    inside = _pairs_by_block(model, found, config) if config.transforms else {}
+
+    def balanced(block: Block, statistics: Statistics) -> None:
+        peaks = {name: inputs.peaks for name, inputs in statistics.inputs.items()}
+        balance(block.module, block.name, inside.get(block.name, []), peaks, config.alpha)
+
+    planned = None
+    if config.spikes and config.allocation != "fraction":
+        planned = plan(found, dense, config, balanced)
     spiking, facts = [x.clone() for x in dense], []
     for index, block in enumerate(found):
         with recording(_unseen):
             targets = block.run_all(dense)
         kept = store.restore(index) if store is not None else None
         if kept is None:
-            fact = _convert(block, dense, spiking, targets, transformed.get(block.name, []), config, planned)
+            if config.transforms and planned is None:
+                balanced(block, Statistics.of(block, spiking))
+            fact = _convert(block, dense, spiking, targets, inside.get(block.name, []), config, planned)
             if store is not None:
                 store.save(index, block.module.state_dict(), fact)
         else:
@@ -86,10 +95,15 @@ def _unseen(_neuron: Any, _x: Tensor) -> None:
     """Neurons that are not calibrated pass their input on: the block is the dense one."""
 
 
-def _pairs_by_block(model: PreTrainedModel, found: list[Block]) -> dict[str, list[Pair]]:
-    """The pairs that lie inside each block, all of whose consumers are converted."""
+def _pairs_by_block(model: PreTrainedModel, found: list[Block], config: SpikeLLM) -> dict[str, list[Pair]]:
+    """The pairs that lie inside each block, all of whose consumers are converted.
+
+    Where keys have static ranges per channel their scale does not matter: the queries carry it.
+    """
     result: dict[str, list[Pair]] = {}
     for pair in pairs(model):
+        if pair.kind == "query_key" and config.key_axis == "channel":
+            continue
         names = [pair.producer_name, *pair.consumer_names]
         converted = all(isinstance(consumer, SpikingLinear) for consumer in pair.consumers)
         for block in found:
@@ -108,20 +122,15 @@ def _convert(
     planned: Plan | None,
 ) -> dict[str, Any]:
     """All of one block; returns its facts."""
-    kinds = [pair for pair in inside if config.key_axis == "token" or pair.kind != "query_key"]
-    statistics = _seen(block, spiking)
-    if config.let:
-        peaks = {name: inputs.peaks for name, inputs in statistics.inputs.items()}
-        balance(block.module, block.name, kinds, peaks, config.alpha)
-        statistics = _seen(block, spiking)
+    statistics = Statistics.of(block, spiking)
     facts = {"steps": set_times(statistics, config, planned)} if config.spikes else {}
     tiers = {
         name: weight_tier(name, layer.weight, statistics.inputs[name].gram, config)
         for name, layer in statistics.layers.items()
     }
     clips: dict[str, tuple[Tensor, Tensor]] = {}
-    if config.let or config.lwc:
-        clips = train_block(block.module, block.name, kinds, spiking, targets, block.calls, config, tiers)
+    if config.transforms or config.clips:
+        clips = train_block(block.module, block.name, inside, spiking, targets, block.calls, config, tiers)
     if config.weight_bits != 16:
         _weights(block, spiking, statistics, config, tiers, clips)
     out = block.run_all(spiking)
@@ -160,14 +169,7 @@ def _weights(
 
 def _again(block: Block, spiking: list[Tensor], group: Inputs) -> Inputs:
     """The group's input as the layers before it, already of integer weights, now send it."""
-    return _seen(block, spiking, group.readers).inputs[group.readers[0]]
-
-
-def _seen(block: Block, hidden: list[Tensor], only: list[str] | None = None) -> Statistics:
-    statistics = Statistics(block.module, block.name, only)
-    with statistics.watch():
-        block.run_all(hidden)
-    return statistics
+    return Statistics.of(block, spiking, group.readers).inputs[group.readers[0]]
 
 
 def _load(module: nn.Module, tensors: dict[str, Tensor]) -> None:

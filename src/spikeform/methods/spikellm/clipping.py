@@ -22,7 +22,7 @@ Factors = tuple[Tensor, Tensor]
 
 def start(tiers: int, rows: int, device: torch.device) -> Factors:
     """The logits that training begins with, ``(g, b)``, each fp32 ``[R, N]``, as leaves that want gradients."""
-    g, b = (torch.full((tiers, rows), START, device=device, requires_grad=True) for _ in range(2))
+    g, b = (torch.full((tiers, rows), START, dtype=torch.float32, device=device, requires_grad=True) for _ in range(2))
     return g, b
 
 

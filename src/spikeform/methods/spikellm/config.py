@@ -112,7 +112,7 @@ class SpikeLLM(MethodConfig):
     version: int = _option(1, "format of this config")
 
     def check(self) -> None:
-        """Every option in its range; lists become tuples; ``lwc`` and ``let`` are settled."""
+        """Every option in its range; lists become tuples."""
         self._numbers()
         choice("pipeline", self.pipeline, ("omniquant", "gptq", "rtn"))
         choice("saliency", self.saliency, ("obs", "diagonal", "magnitude", "random", "none"))
@@ -128,11 +128,9 @@ class SpikeLLM(MethodConfig):
             setattr(self, name, tuple(getattr(self, name)))
         if not all(isinstance(pattern, str) for pattern in self.skip):
             raise ConfigError(f"skip must be a list of module name patterns, got {self.skip!r}")
-        learned = self.pipeline == "omniquant" and self.weight_bits != REAL
-        self.lwc = learned if self.lwc is None else self.lwc
-        self.let = self.pipeline == "omniquant" if self.let is None else self.let
         for name in ("signed", "attention", "rotate", "lwc", "let", "act_order"):
-            if not isinstance(getattr(self, name), bool):
+            optional = name in ("lwc", "let") and getattr(self, name) is None
+            if not optional and not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         self._tiers()
         self._contradictions()
@@ -188,9 +186,14 @@ class SpikeLLM(MethodConfig):
         return self.bits != REAL
 
     @property
-    def trained_epochs(self) -> int:
-        """Epochs in which the equivalent transformation and the clipping are learned; 0 is the closed-form start."""
-        return self.epochs if self.pipeline == "omniquant" else 0
+    def clips(self) -> bool:
+        """Whether weight clipping is learned."""
+        return self.pipeline == "omniquant" and self.weight_bits != REAL if self.lwc is None else self.lwc
+
+    @property
+    def transforms(self) -> bool:
+        """Whether channels are rescaled by the equivalent transformation."""
+        return self.pipeline == "omniquant" if self.let is None else self.let
 
     @property
     def codes(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,16 +50,29 @@ def set_times(statistics: Statistics, config: SpikeLLM, planned: Plan | None) ->
 
 
 @torch.no_grad()
-def plan(found: list[Block], dense: list[Tensor], config: SpikeLLM) -> Plan:
-    """Steps of every linear layer's input channels, from the dense model, all layers sharing one budget."""
+def plan(
+    found: list[Block], dense: list[Tensor], config: SpikeLLM, balanced: Callable[[Block, Statistics], None]
+) -> Plan:
+    """Steps of every linear layer's input channels, from the dense model, all layers sharing one budget.
+
+    Args:
+        found: The model's blocks.
+        dense: The first one's inputs.
+        config: Of the conversion.
+        balanced: Balances a block in place, from its statistics: channels are ranked as they will be coded.
+
+    Returns:
+        Steps by linear layer.
+    """
     scores: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     fan_out: dict[str, float] = {}
     spikes: dict[str, Tensor] = {}
     sharing: dict[str, str] = {}  # of each layer, the one whose steps it takes
     for block in found:
-        statistics = Statistics(block.module, block.name)
-        with statistics.watch():
+        balanced(block, Statistics.of(block, dense))
+        statistics = Statistics.of(block, dense)
+        with recording(lambda _neuron, _x: None):
             after = block.run_all(dense)
         found_scores = _linear_scores(statistics, config)
         for readers, inputs in _sharing(statistics, config):

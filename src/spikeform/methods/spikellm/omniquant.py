@@ -53,7 +53,7 @@ def train_block(
         notify: Called with the number of epochs done and the mean squared error over all batches.
 
     Returns:
-        Clip factors ``(gamma, beta)``, each ``[R, N]``, of each linear layer; none where ``config.lwc`` is off.
+        Clip factors ``(gamma, beta)``, each ``[R, N]``, of each linear layer; none where ``config.clips`` is off.
 
     Raises:
         CalibrationError: A neuron is not calibrated, the data are not finite, or training diverged.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from spikeform.conversion.blocks import Block
 from spikeform.errors import CalibrationError
 from spikeform.layers import SpikingAttention, SpikingLinear
 from spikeform.methods.spikellm import saliency
@@ -131,6 +132,14 @@ class Statistics:
                 self._roles[getattr(attention, role)] = (child, role)
         self.inputs: dict[str, Inputs] = {}
         self._now: tuple[Tensor, Inputs] | None = None
+
+    @classmethod
+    def of(cls, block: Block, hidden: list[Tensor], only: list[str] | None = None) -> Statistics:
+        """What ``block`` sees when it runs on ``hidden``."""
+        statistics = cls(block.module, block.name, only)
+        with statistics.watch():
+            block.run_all(hidden)
+        return statistics
 
     @contextmanager
     def watch(self) -> Iterator[None]:

@@ -50,11 +50,11 @@ class Trainee:
         real = config.weight_bits == REAL
         self.levels = () if real else levels_of(config.weight_bits, config.weight_steps, ternary=False)
         self.scales: list[tuple[Pair, Tensor]] = []
-        for pair in pairs if config.let else ():
+        for pair in pairs if config.transforms else ():
             device = self.masters[f"{pair.producer_name.removeprefix(self.prefix)}.weight"].device
             self.scales.append((pair, torch.zeros(pair.channels, device=device, requires_grad=True)))
         self.logits: dict[str, Factors] = {}
-        for layer in self.layers if config.lwc else ():
+        for layer in self.layers if config.clips else ():
             weight = self.masters[f"{layer}.weight"]
             self.logits[layer] = clipping.start(len(self.levels), len(weight), weight.device)
 
