@@ -11,6 +11,7 @@ WORDS = {
     "convert_at_load": ["modules spike", "bit for bit the same", "step by step"],
     "energy": ["signed_digit", "ESTIMATED"],
     "fas": ["QCFS network", "T = 8, calibrated", "saved to"],
+    "spikellm": ["W5A5, T = 1", "T = 2 for 10%", "bit operations a MAC", "saved to"],
 }
 
 

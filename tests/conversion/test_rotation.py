@@ -54,6 +54,31 @@ def change(dense, rotated):
     return float((a - b).abs().max() / a.abs().max())
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_stream_alone(family, norms_keep_fp64):
+    """Without ``values`` the function is the same too; what heads hold is, but for rounding, what they held."""
+    dense = families.build(family).double()
+    stream, all_of_it = (rotate(copy.deepcopy(dense), seed=1, values=values) for values in (False, True))
+    assert change(dense, stream) < 1e-10
+    block = next(iter(family_of(stream).blocks(stream)))
+    other = next(iter(family_of(all_of_it).blocks(all_of_it)))
+    outputs = []
+    for model, part in ((stream, block), (all_of_it, other)):
+        seen = []
+        handle = part.output.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            model(input_ids=families.tokens())
+        handle.remove()
+        outputs.append(seen[0])
+    plain = []
+    part = next(iter(family_of(dense).blocks(dense)))
+    part.output.register_forward_pre_hook(lambda _m, args: plain.append(args[0]))
+    with torch.no_grad():
+        dense(input_ids=families.tokens())
+    assert families.difference(plain[0], outputs[0]) < 1e-10
+    assert families.difference(plain[0], outputs[1]) > 0.1
+
+
 @pytest.mark.parametrize("name", [*PRE_NORM, *MORE])
 def test_the_same_function(name, norms_keep_fp64):
     dense = build(name).double()

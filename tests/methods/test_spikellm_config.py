@@ -34,6 +34,7 @@ BAD = [
     *[("weight_steps", value) for value in ((), (2, 1), (1, 1), (3,), (1.0,), (True,), (0,), "1", 1, (16,))],
     *[("weight_salient", value) for value in ((0.1,), "0.1", 0.1)],
     ("rotate", 1),
+    ("rotate_heads", 1),
     ("lwc", 1),
     ("let", "yes"),
     *[("epochs", value) for value in (-1, 1.5, True)],

@@ -283,6 +283,18 @@ def test_outlier_channels_are_undone_by_the_transformation_and_by_rotation(famil
     )
 
 
+def test_heads_are_rotated_or_not(tmp_path):
+    model = convert("llama", pipeline="rtn", rotate=True, rotate_heads=False)
+    attentions = [m for m in model.modules() if isinstance(m, SpikingAttention)]
+    assert attentions
+    assert all(attention.signs is None for attention in attentions)
+    whole = convert("llama", pipeline="rtn", rotate=True)
+    assert all(m.signs is not None for m in whole.modules() if isinstance(m, SpikingAttention))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
+    assert difference(logits(families.build("llama")), logits(model)) < 0.6
+
+
 def test_learning_lowers_each_blocks_error():
     """Of the first block: what reaches the second differs."""
     for options in ({}, {"let": False}, {"lwc": False}, {"weight_bits": 16}, {"bits": 16}):

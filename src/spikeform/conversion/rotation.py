@@ -65,7 +65,7 @@ def restructure(model: Any) -> Any:
 
 
 @torch.no_grad()
-def rotate(model: Any, seed: int = 0) -> Any:
+def rotate(model: Any, seed: int = 0, values: bool = True) -> Any:
     """Rotate a model in place: the same function but for rounding, and the gain of every norm read is 1.
 
     The arithmetic is fp64; each weight is rounded to its own dtype once.
@@ -73,6 +73,7 @@ def rotate(model: Any, seed: int = 0) -> Any:
     Args:
         model: As for :func:`restructure`.
         seed: Of the signs.
+        values: Rotate the values of each head, too.
 
     Returns:
         ``model``, restructured.
@@ -101,7 +102,7 @@ def rotate(model: Any, seed: int = 0) -> Any:
         weight.copy_(_write(weight.double().T, signs, stream.centred).T)
         if writer.bias is not None:
             writer.bias.copy_(_write(writer.bias.double(), signs, stream.centred))
-    for block in stream.blocks:
+    for block in stream.blocks if values else ():
         _rotate_values(block.value, block.output, _signs(block.value.size, generator))
     return model
 

@@ -53,7 +53,8 @@ class SpikeLLM(MethodConfig):
         weight_steps: T of each tier of input channels' weights, rising, such as ``[1, 2, 4]``.
         weight_salient: Shares of the channels of every tier but the first, by w^2 / U_jj^2 with U the Cholesky factor
             of H^-1 (``saliency="random"``: at random).
-        rotate: Rotate the residual stream and each head by randomised Hadamard matrices (*ours*, after QuaRot).
+        rotate: Rotate the residual stream by a randomised Hadamard matrix (*ours*, after QuaRot).
+        rotate_heads: With ``rotate``, also values (folded into the weights) and queries and keys (after RoPE).
         lwc: Learn weight clipping; None: where the pipeline is omniquant.
         let: Equivalent transformation: learned by omniquant, in closed form by the others; None: with omniquant.
         epochs: Of omniquant, over the calibration data; 0 takes the closed-form start. Epochs, rates and ``alpha`` are
@@ -95,7 +96,8 @@ class SpikeLLM(MethodConfig):
     weight_form: str = _option("affine", "affine, ternary or partial_binary")
     weight_steps: tuple[int, ...] = _option((1,), "T of each tier of weights, rising")
     weight_salient: tuple[float, ...] = _option((), "shares of the channels of every tier but the first")
-    rotate: bool = _option(False, "rotate the residual stream and the heads")
+    rotate: bool = _option(False, "rotate the residual stream")
+    rotate_heads: bool = _option(True, "with rotate, also values, queries and keys of each head")
     lwc: bool | None = _option(None, "learn weight clipping")
     let: bool | None = _option(None, "equivalent transformation")
     epochs: int = _option(10, "epochs of omniquant")
@@ -128,7 +130,7 @@ class SpikeLLM(MethodConfig):
             setattr(self, name, tuple(getattr(self, name)))
         if not all(isinstance(pattern, str) for pattern in self.skip):
             raise ConfigError(f"skip must be a list of module name patterns, got {self.skip!r}")
-        for name in ("signed", "attention", "rotate", "lwc", "let", "act_order"):
+        for name in ("signed", "attention", "rotate", "rotate_heads", "lwc", "let", "act_order"):
             optional = name in ("lwc", "let") and getattr(self, name) is None
             if not optional and not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")

@@ -130,7 +130,7 @@ class _Builder:
             None,
             name,
         )
-        if self.config.rotate:
+        if self.config.rotate and self.config.rotate_heads:
             spiking.signs = head_signs(size, self.config.seed)
         install(module, spiking)
         return module, f"GIF on queries, keys and values, {self.config.probability_bits} bits of probability"

@@ -46,7 +46,7 @@ def reshape(model: PreTrainedModel, config: SpikeLLM, batches: list[Tensor]) -> 
         act = torch.stack([pair.largest(peaks[consumer]) for consumer in pair.consumers]).amax(0)
         shares = [pair.largest(share(_weight(consumer), peaks[consumer])) for consumer in pair.consumers]
         apply(pair, start(act.double(), torch.stack(shares).amax(0), config.alpha))
-    rotate(model, config.seed)
+    rotate(model, config.seed, values=config.rotate_heads)
 
 
 def _weight(layer: Any) -> Tensor:
