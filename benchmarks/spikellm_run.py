@@ -78,6 +78,8 @@ SETS: dict[str, dict[str, dict[str, Any]]] = {
         "rtn-t2-magnitude-separate": {"pipeline": "rtn", "saliency": "magnitude", "span": "separate"},
         "gptq-t2-rotated": {"pipeline": "gptq", "rotate": True},
         "p8": {"probability_bits": 8},
+        "rtn-t2-unsigned": {"pipeline": "rtn", "signed": False},
+        "rtn-w4a4-let": {**UNIFORM, "pipeline": "rtn", "let": True},
     },
     "weights": {
         "gptq-w2a16": {**REAL_INPUT, **GPTQ, "weight_bits": 2},

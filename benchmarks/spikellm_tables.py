@@ -54,6 +54,9 @@ QUESTIONS = (
     ("rotation lowers RTN W4A4", "rtn-w4a4-rotated", "rtn-w4a4"),
     ("rotation lowers OmniQuant W4A4", "omniquant-w4a4-rotated", "omniquant-w4a4"),
     ("rotation lowers SpikeLLM", "spikellm-t2-rotated", "spikellm-t2"),
+    ("rotation of the stream alone lowers OmniQuant W4A4", "omniquant-w4a4-stream", "omniquant-w4a4"),
+    ("rotation of the stream alone lowers SpikeLLM", "spikellm-t2-stream", "spikellm-t2"),
+    ("… with separate ranges", "spikellm-t2-separate-stream", "spikellm-t2-separate"),
     (
         "2-bit weights, T = 2 for 10%: OBS below random, plain GPTQ",
         "spikellm-gptq-w2a16-plain",
@@ -228,13 +231,15 @@ axis; here both networks of a pair share it. With static ranges the scale of the
 not learned. Static ranges change little on llama and are worse on gpt2 and opt; the axis that sees the future was not
 measured."""
 SAME = """T = 2 for 10% of the channels, everywhere 17.6 ACE a MAC, trained alike (OmniQuant pipeline). *Separate*: the
-ordinary channels of a token have their own range; that needs two products a layer. *Rotated*: Hadamard."""
+ordinary channels of a token have their own range; that needs two products a layer. *Rotated*: stream and
+heads, Hadamard."""
 
 CHANNELS = """- Which channels matters more the more a model leans on single ones: little on llama, much on gpt2.
 - Separate ranges are lower in every pair, with any saliency: the ordinary channels' grid is finer where the largest
   channels are out of it.
 - Rotation spreads what saliency looks for. Random channels gain from it, OBS and the largest magnitudes do not, and on
-  llama hardly anything is then left between them. It was hoped that rotation and salient steps add up: **missed**."""
+  llama hardly anything is then left between them. It was hoped that rotation and salient steps add up: **missed**
+  with stream and heads rotated."""
 
 
 def readme(rows: Rows) -> str:

@@ -1,9 +1,10 @@
 """Exact integer products, by the fastest arithmetic that is exact for the operands' bounds.
 
-fp8      Hopper's tensor cores, fp32 accumulation: operands that e4m3 holds, sums within what was measured exact
-int8     ``torch._int_mm``, int32 accumulation
+int8     ``torch._int_mm``, int32 accumulation; an int16 operand is two int8 planes
 fp32     where ``K max|c| max|w| < 2^24``: every partial sum is an integer that fp32 holds
 fp64     where it is below 2^53
+
+No FP8: on Hopper its sums of integers that e4m3 holds are not always exact, even without fast accumulation.
 """
 
 from __future__ import annotations
