@@ -84,7 +84,7 @@ def skeleton(model, config):
         if type(layer) is SpikingLinear:
             form = config.weight_bits, config.weight_steps, config.ternary
             sizes = layer.in_features, layer.out_features
-            model.set_submodule(name, CodedLinear.blank(*sizes, layer.bias, layer.neuron, *form))
+            model.set_submodule(name, CodedLinear(*sizes, layer.bias, layer.neuron, *form))
     return report
 
 

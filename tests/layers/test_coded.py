@@ -150,7 +150,7 @@ def test_what_is_kept_of_the_weight_follows_it():
 def test_a_skeleton_takes_a_state_dict(form, packed):
     """From memory (work folders), and as files hold it (trainers that resume)."""
     layer, x = coded(form), draw(2, 21)
-    blank = CodedLinear.blank(21, 5, True, gif(21, seed=1), *form)
+    blank = CodedLinear(21, 5, True, gif(21, seed=1), *form)
     assert blank.weight.device.type == "meta"
     assert blank.to(torch.float32).weight.device.type == "meta"
     state = {**layer.state_dict(), **(layer.packed() if packed else {})}
@@ -194,7 +194,7 @@ def test_damage_is_named(name, damage):
     found = layer.load_packed()
     assert len(found) == 1
     assert found[0].startswith(name)
-    blank = CodedLinear.blank(21, 5, True, gif(21), 4, (1, 2))
+    blank = CodedLinear(21, 5, True, gif(21), 4, (1, 2))
     with pytest.raises(RuntimeError, match=f"{name}[ :]"):
         blank.load_state_dict(file)
 

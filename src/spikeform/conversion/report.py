@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -60,6 +60,15 @@ class ConversionReport:
         unknown = [row.name for row in self.dense if row.kind == "unknown"]
         tail = f"; left dense, unknown: {', '.join(unknown)}" if unknown else ""
         return f"{len(self.replaced)} modules spike ({parts}), {len(self.dense)} stay real{tail}"
+
+    def follow(self, model: Any) -> None:
+        """Let the rows of linear layers name the layers that now stand in their places."""
+        self.rows = [
+            replace(row, replaced_by=type(model.get_submodule(row.name)).__name__)
+            if row.kind == "linear" and row.replaced_by
+            else row
+            for row in self.rows
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""

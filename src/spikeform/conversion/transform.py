@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from spikeform.conversion.calibrate import Progress, calibrate
 from spikeform.conversion.data import windows
 from spikeform.conversion.registry import Method, method_of
-from spikeform.conversion.report import ConversionReport, Row
+from spikeform.conversion.report import ConversionReport
 from spikeform.errors import ConversionError
 from spikeform.layers import SpikingLinear
 from spikeform.layers.streaming import paused
@@ -47,7 +46,7 @@ def transform(
     if method.calibrate is not None:
         facts = method.calibrate(model, batches, config, workdir, progress)
         report.calibration = described | facts
-        report.rows = [_as_it_is(row, model) for row in report.rows]
+        report.follow(model)
     else:
         _thresholds(model, method, config, batches, described, report, workdir, progress)
     for module in model.modules():
@@ -79,13 +78,6 @@ def _thresholds(
             model, batches, lambda n, h: fit(n, h, config), workdir, config.to_dict(), progress
         )
     report.calibration = described
-
-
-def _as_it_is(row: Row, model: PreTrainedModel) -> Row:
-    """The row with the layer that calibration left in place."""
-    if row.kind != "linear" or not row.replaced_by:
-        return row
-    return replace(row, replaced_by=type(model.get_submodule(row.name)).__name__)
 
 
 def _all_given(model: PreTrainedModel, config: Any) -> bool:

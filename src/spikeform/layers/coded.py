@@ -72,21 +72,6 @@ class CodedLinear(SpikingLinear):
         self.register_buffer("tier", tier)
 
     @classmethod
-    def blank(
-        cls,
-        in_features: int,
-        out_features: int,
-        bias: nn.Parameter | bool | None,
-        neuron: Neuron | None,
-        bits: int,
-        tiers: tuple[int, ...] = (1,),
-        ternary: bool = False,
-        site: str | None = None,
-    ) -> CodedLinear:
-        """The skeleton that a checkpoint is loaded into. Arguments as of the class."""
-        return cls(in_features, out_features, bias, neuron, bits, tiers, ternary, site)
-
-    @classmethod
     def from_spiking(cls, layer: nn.Linear, weight: IntegerWeight, site: str | None = None) -> CodedLinear:
         """``layer`` with ``weight`` in place of its own; its bias and its neuron are taken over.
 

@@ -6,7 +6,7 @@ from spikeform.neurons.few_spike_fit import fit_few_spike
 from spikeform.neurons.functions import FUNCTIONS
 from spikeform.neurons.gif import GIF
 from spikeform.neurons.hg import FixedPointHG
-from spikeform.neurons.neuron import Neuron, ThresholdNeuron, recording
+from spikeform.neurons.neuron import Neuron, ThresholdNeuron, recording, unseen
 from spikeform.neurons.oat import MT, OAT, ROUNDINGS
 from spikeform.neurons.streaming import Clock, StreamingNeuron
 
@@ -26,4 +26,5 @@ __all__ = [
     "few_spike_bank",
     "fit_few_spike",
     "recording",
+    "unseen",
 ]

@@ -33,6 +33,10 @@ def recorder() -> Recorder | None:
     return None if is_compiling() else _recorder.get()  # a compiled pass is neither calibrated nor watched
 
 
+def unseen(_neuron: Neuron, _x: Tensor) -> None:
+    """The recorder that looks at nothing: uncalibrated neurons pass their input on, the others fire as ever."""
+
+
 class Neuron(nn.Module):
     """A module from real inputs to spikes. It has no state between calls.
 

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spikeform.conversion import ConversionReport, Row
-from spikeform.conversion.kinds import blocks, feed_forward_pairs, walk
-from spikeform.errors import ConfigError, ConversionError
+from spikeform.conversion.builder import walked
+from spikeform.conversion.kinds import blocks, feed_forward_pairs
+from spikeform.errors import ConversionError
 from spikeform.layers import SpikingActivation, SpikingLinear
 from spikeform.layers.streaming import install
 from spikeform.methods.fas import operators
@@ -28,21 +29,20 @@ _REAL = {
 
 def prepare(model: PreTrainedModel, config: FAS) -> ConversionReport:
     """Put streaming neurons in, and give the model its time. Thresholds are not set yet."""
-    walked = list(walk(model))
-    for pattern in config.skip:
-        if not any(fnmatch(name, pattern) for name, _, _ in walked):
-            raise ConfigError(f"skip: {pattern!r} names no module of {type(model).__name__} that computes something")
+    everything = walked(model, config.skip)
     found = blocks(model)
     _refuse(model, len(found))
     builder = _Builder(model, config, tuple(f"{name}." for name, _ in found))
-    for name, module, kind in walked:
+    for name, module, kind in everything:
         builder.visit(name, module, kind)
     builder.mark()
     if config.operators is not None:
         operators.put_in(model, config, builder.report)
     if builder.neurons:
-        shared = [] if config.sites == "all" else _before_the_spikes(model, found[0][0], walked)
-        beside = tuple(m for name, m, _ in walked if name.startswith(f"{found[0][0]}.") and name.endswith(".up_proj"))
+        shared = [] if config.sites == "all" else _before_the_spikes(model, found[0][0], everything)
+        beside = tuple(
+            m for name, m, _ in everything if name.startswith(f"{found[0][0]}.") and name.endswith(".up_proj")
+        )
         install(model, builder.clock, [block for _, block in found], shared, beside)
     return builder.report
 
@@ -57,9 +57,11 @@ def _refuse(model: PreTrainedModel, blocks: int) -> None:
         raise ConversionError(f"{name} runs {runs} blocks and has {blocks}: FAS needs a stack of blocks, each run once")
 
 
-def _before_the_spikes(model: PreTrainedModel, first: str, walked: list[tuple[str, nn.Module, str]]) -> list[nn.Module]:
+def _before_the_spikes(
+    model: PreTrainedModel, first: str, everything: list[tuple[str, nn.Module, str]]
+) -> list[nn.Module]:
     """What in the first block may run before its first spike: attention as a whole, norms, linear layers."""
-    inside = [(name, kind) for name, _, kind in walked if name.startswith(f"{first}.")]
+    inside = [(name, kind) for name, _, kind in everything if name.startswith(f"{first}.")]
     attention = tuple(f"{name}." for name, kind in inside if kind == "attention")
     if not attention:  # of an unknown type: masks and caches are as many as its rows
         return []

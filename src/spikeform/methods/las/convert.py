@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spikeform.conversion.kinds import activation_function, heads_of, kind_of, norm_form, walk
-from spikeform.conversion.report import ConversionReport, Row
+from spikeform.conversion.builder import Builder, walked
+from spikeform.conversion.kinds import activation_function, heads_of, kind_of, norm_form
+from spikeform.conversion.report import ConversionReport
 from spikeform.errors import ConfigError, ConversionError
 from spikeform.layers import SpikingActivation, SpikingAttention, SpikingGatedMLP, SpikingLinear, SpikingNorm
 from spikeform.layers.attention import NAME, install
@@ -27,11 +28,7 @@ _REAL = {
 def prepare(model: PreTrainedModel, config: LAS) -> ConversionReport:
     """Replace what LAS knows; leave and report the rest. Thresholds are not set yet."""
     builder = _Builder(model, config)
-    walked = list(walk(model))
-    for pattern in config.skip:
-        if not any(fnmatch(name, pattern) for name, _, _ in walked):
-            raise ConfigError(f"skip: {pattern!r} names no module of {type(model).__name__} that computes something")
-    for name, module, kind in walked:
+    for name, module, kind in walked(model, config.skip):
         builder.visit(name, module, kind)
     for pattern in config.thresholds or {}:
         if pattern not in ROLES and not any(fnmatch(site, pattern) for site in builder.sites):
@@ -41,32 +38,18 @@ def prepare(model: PreTrainedModel, config: LAS) -> ConversionReport:
     return builder.report
 
 
-class _Builder:
-    """Builds each spiking layer, and writes the report as it goes."""
+class _Builder(Builder):
+    """What LAS puts where."""
 
     def __init__(self, model: PreTrainedModel, config: LAS) -> None:
-        self.model, self.config = model, config
+        super().__init__(model, config, "las")
         self.coding, self.bits = config.make_coding(), config.make_bit_coding()
         self.head = model.get_output_embeddings()
         self.tied = bool(getattr(model.config, "tie_word_embeddings", False))
-        self.report = ConversionReport("las")
-        self.skeleton = any(p.device.type == "meta" for p in model.parameters())
         self.sites: list[str] = []
 
-    def visit(self, name: str, module: nn.Module, kind: str) -> None:
-        reason = self._stays_real(name, module, kind)
-        if reason is not None:
-            self.report.rows.append(Row(name, kind, None, reason))
-            return
-        layer, reason = getattr(self, f"_{kind}")(name, module)
-        if not self.skeleton:  # the neurons go where the layer is
-            layer.to(next((p.device for p in module.parameters()), self.model.device))
-        if layer is not module:
-            self.model.set_submodule(name, layer)
-        spiking = layer if layer is not module else module.spiking  # attention keeps its module, and gains a child
-        self.report.rows.append(Row(name, kind, type(spiking).__name__, reason))
-
-    def _stays_real(self, name: str, module: nn.Module, kind: str) -> str | None:
+    def stays_real(self, name: str, module: nn.Module, kind: str) -> str | None:
+        """Why a module stays as it is, or None."""
         if kind in _REAL:
             return _REAL[kind] + (f" {type(module).__qualname__}" if kind == "unknown" else "")
         if any(fnmatch(name, pattern) for pattern in self.config.skip):
@@ -135,7 +118,7 @@ class _Builder:
     def _gated_mlp(self, name: str, module: Any) -> tuple[nn.Module, str]:
         # Whether act_fn will spike is known only from the same rules that its own visit applies.
         act_kind = kind_of(module.act_fn)
-        spikes = act_kind == "activation" and self._stays_real(f"{name}.act_fn", module.act_fn, act_kind) is None
+        spikes = act_kind == "activation" and self.stays_real(f"{name}.act_fn", module.act_fn, act_kind) is None
         act = None if spikes else self._oat("act", f"{name}.act")
         up = self._oat("up", f"{name}.up")
         layer = SpikingGatedMLP(module.gate_proj, module.up_proj, module.down_proj, module.act_fn, up, act)

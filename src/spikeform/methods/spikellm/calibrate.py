@@ -25,8 +25,8 @@ from spikeform.methods.spikellm.gptq import gptq, partial_binary
 from spikeform.methods.spikellm.grids import encode
 from spikeform.methods.spikellm.masks import Plan, plan, set_times, weight_tier
 from spikeform.methods.spikellm.omniquant import train_block
-from spikeform.methods.spikellm.statistics import Inputs, Statistics
-from spikeform.neurons import recording
+from spikeform.methods.spikellm.statistics import Inputs, Statistics, relative_error
+from spikeform.neurons import recording, unseen
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def calibrate(
     training = model.training
     model.eval()
     found = [Block(name, module, []) for name, module in blocks(model)]
-    dense = capture(model, batches, found, _unseen)
+    dense = capture(model, batches, found, unseen)
     inside = _pairs_by_block(model, found, config) if config.transforms else {}
 
     def balanced(block: Block, statistics: Statistics) -> None:
@@ -66,33 +66,29 @@ def calibrate(
 
     planned = None
     if config.spikes and config.allocation != "fraction":
-        planned = plan(found, dense, config, balanced)
+        planned = plan(found, dense, config, balanced if config.transforms else None)
     spiking, facts = [x.clone() for x in dense], []
     for index, block in enumerate(found):
-        with recording(_unseen):
+        with recording(unseen):
             targets = block.run_all(dense)
         kept = store.restore(index) if store is not None else None
         if kept is None:
             if config.transforms and planned is None:
                 balanced(block, Statistics.of(block, spiking))
-            fact = _convert(block, dense, spiking, targets, inside.get(block.name, []), config, planned)
+            fact, out = _convert(block, dense, spiking, targets, inside.get(block.name, []), config, planned)
             if store is not None:
                 store.save(index, block.module.state_dict(), fact)
         else:
             if config.codes:
                 put_codes(block.module, block.name, config)
             _load(block.module, kept[0])
-            fact = kept[1]
+            fact, out = kept[1], block.run_all(spiking)
         facts.append(fact)
-        dense, spiking = targets, block.run_all(spiking)
+        dense, spiking = targets, out
         if progress is not None:
             progress(index + 1, len(found))
     model.train(training)
     return {"blocks": facts}
-
-
-def _unseen(_neuron: Any, _x: Tensor) -> None:
-    """Neurons that are not calibrated pass their input on: the block is the dense one."""
 
 
 def _pairs_by_block(model: PreTrainedModel, found: list[Block], config: SpikeLLM) -> dict[str, list[Pair]]:
@@ -120,8 +116,8 @@ def _convert(
     inside: list[Pair],
     config: SpikeLLM,
     planned: Plan | None,
-) -> dict[str, Any]:
-    """All of one block; returns its facts."""
+) -> tuple[dict[str, Any], list[Tensor]]:
+    """All of one block; returns its facts, and what it sends now."""
     statistics = Statistics.of(block, spiking)
     facts = {"steps": set_times(statistics, config, planned)} if config.spikes else {}
     tiers = {
@@ -134,9 +130,7 @@ def _convert(
     if config.weight_bits != 16:
         _weights(block, spiking, statistics, config, tiers, clips)
     out = block.run_all(spiking)
-    error = sum(float((o - t).double().square().sum()) for o, t in zip(out, targets, strict=True))
-    added = sum(float((t - d).double().square().sum()) for t, d in zip(targets, dense, strict=True))
-    return facts | {"error": error / max(added, 1e-30)}
+    return facts | {"error": relative_error(out, targets, dense)}, out
 
 
 def _weights(

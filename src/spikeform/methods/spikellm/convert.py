@@ -8,10 +8,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spikeform.conversion.kinds import blocks, heads_of, walk
-from spikeform.conversion.report import ConversionReport, Row
+from spikeform.conversion.builder import Builder, walked
+from spikeform.conversion.kinds import blocks, heads_of
+from spikeform.conversion.report import ConversionReport
 from spikeform.conversion.rotation import head_signs, restructure
-from spikeform.errors import ConfigError, ConversionError
+from spikeform.errors import ConversionError
 from spikeform.layers import CodedLinear, SpikingAttention, SpikingLinear
 from spikeform.layers.attention import NAME, install
 from spikeform.methods.spikellm.config import SpikeLLM
@@ -29,15 +30,12 @@ _REAL = {
 
 def prepare(model: PreTrainedModel, config: SpikeLLM) -> ConversionReport:
     """Put neurons before the products of every block; weights stay real, and no channel's steps are set yet."""
-    walked = list(walk(model))
-    for pattern in config.skip:
-        if not any(fnmatch(name, pattern) for name, _, _ in walked):
-            raise ConfigError(f"skip: {pattern!r} names no module of {type(model).__name__} that computes something")
+    everything = walked(model, config.skip)
     found = blocks(model)
     if not found:
         raise ConversionError(f"{type(model).__name__} has no stack of blocks, which SpikeLLM calibrates one by one")
     builder = _Builder(model, config, tuple(f"{name}." for name, _ in found))
-    for name, module, kind in walked:
+    for name, module, kind in everything:
         builder.visit(name, module, kind)
     if any(row.kind == "attention" for row in builder.report.replaced):
         model.set_attn_implementation(NAME)
@@ -52,7 +50,7 @@ def skeleton(model: PreTrainedModel, config: SpikeLLM) -> ConversionReport:
     if config.codes:
         for name, block in blocks(model):
             put_codes(block, name, config)
-        report.rows = [_coded(row) if row.kind == "linear" and row.replaced_by else row for row in report.rows]
+        report.follow(model)
     return report
 
 
@@ -62,36 +60,19 @@ def put_codes(block: nn.Module, name: str, config: SpikeLLM) -> None:
         if isinstance(layer, SpikingLinear) and not isinstance(layer, CodedLinear):
             sizes, form = (layer.in_features, layer.out_features), (config.weight_bits, config.weight_steps)
             ternary = config.weight_form == "ternary"
-            blank = CodedLinear.blank(*sizes, layer.bias, layer.neuron, *form, ternary, site=f"{name}.{child}")
+            blank = CodedLinear(*sizes, layer.bias, layer.neuron, *form, ternary, site=f"{name}.{child}")
             block.set_submodule(child, blank)
 
 
-def _coded(row: Row) -> Row:
-    return Row(row.name, row.kind, CodedLinear.__name__, row.reason)
-
-
-class _Builder:
-    """Builds each spiking layer, and writes the report as it goes."""
+class _Builder(Builder):
+    """What SpikeLLM puts where."""
 
     def __init__(self, model: PreTrainedModel, config: SpikeLLM, inside: tuple[str, ...]) -> None:
-        self.model, self.config, self.inside = model, config, inside
-        self.report = ConversionReport("spikellm")
-        self.skeleton = any(p.device.type == "meta" for p in model.parameters())
+        super().__init__(model, config, "spikellm")
+        self.inside = inside
 
-    def visit(self, name: str, module: nn.Module, kind: str) -> None:
-        reason = self._stays_real(name, module, kind)
-        if reason is not None:
-            self.report.rows.append(Row(name, kind, None, reason))
-            return
-        layer, reason = getattr(self, f"_{kind}")(name, module)
-        if not self.skeleton:  # the neurons go where the layer is
-            layer.to(next((p.device for p in module.parameters()), self.model.device))
-        if layer is not module:
-            self.model.set_submodule(name, layer)
-        spiking = layer if layer is not module else module.spiking  # attention keeps its module, and gains a child
-        self.report.rows.append(Row(name, kind, type(spiking).__name__, reason))
-
-    def _stays_real(self, name: str, module: nn.Module, kind: str) -> str | None:
+    def stays_real(self, name: str, module: nn.Module, kind: str) -> str | None:
+        """Why a module stays as it is, or None."""
         if kind in _REAL:
             return _REAL[kind] + (f" {type(module).__qualname__}" if kind == "unknown" else "")
         if any(fnmatch(name, pattern) for pattern in self.config.skip):

@@ -14,8 +14,8 @@ from spikeform.errors import CalibrationError
 from spikeform.layers import SpikingLinear
 from spikeform.methods.spikellm import allocation, saliency
 from spikeform.methods.spikellm.config import SpikeLLM
-from spikeform.methods.spikellm.statistics import Heads, Inputs, Statistics
-from spikeform.neurons import GIF, recording
+from spikeform.methods.spikellm.statistics import Heads, Inputs, Statistics, relative_error
+from spikeform.neurons import GIF, recording, unseen
 
 Plan = dict[str, Tensor]
 
@@ -51,7 +51,7 @@ def set_times(statistics: Statistics, config: SpikeLLM, planned: Plan | None) ->
 
 @torch.no_grad()
 def plan(
-    found: list[Block], dense: list[Tensor], config: SpikeLLM, balanced: Callable[[Block, Statistics], None]
+    found: list[Block], dense: list[Tensor], config: SpikeLLM, balanced: Callable[[Block, Statistics], None] | None
 ) -> Plan:
     """Steps of every linear layer's input channels, from the dense model, all layers sharing one budget.
 
@@ -59,7 +59,8 @@ def plan(
         found: The model's blocks.
         dense: The first one's inputs.
         config: Of the conversion.
-        balanced: Balances a block in place, from its statistics: channels are ranked as they will be coded.
+        balanced: Balances a block in place, from its statistics, so that channels are ranked as they will be coded;
+            None: the block is left as it is.
 
     Returns:
         Steps by linear layer.
@@ -70,10 +71,10 @@ def plan(
     spikes: dict[str, Tensor] = {}
     sharing: dict[str, str] = {}  # of each layer, the one whose steps it takes
     for block in found:
-        balanced(block, Statistics.of(block, dense))
+        if balanced is not None:
+            balanced(block, Statistics.of(block, dense))
         statistics = Statistics.of(block, dense)
-        with recording(lambda _neuron, _x: None):
-            after = block.run_all(dense)
+        after = statistics.outputs
         found_scores = _linear_scores(statistics, config)
         for readers, inputs in _sharing(statistics, config):
             name, layers = readers[0], [statistics.layers[reader] for reader in readers]
@@ -98,12 +99,11 @@ def _error(block: Block, layers: list[SpikingLinear], dense: list[Tensor], after
     unset = [_neuron(layer).times for layer in layers]
     for layer in layers:
         _neuron(layer).set_times(torch.ones_like(_neuron(layer).times))
-    with recording(lambda _neuron, _x: None):
+    with recording(unseen):
         out = block.run_all(dense)
     for layer, times in zip(layers, unset, strict=True):
         _neuron(layer).times = times
-    error = sum(float((o - a).double().square().sum()) for o, a in zip(out, after, strict=True))
-    return error / max(sum(float((a - d).double().square().sum()) for a, d in zip(after, dense, strict=True)), 1e-30)
+    return relative_error(out, after, dense)
 
 
 def _neuron(layer: SpikingLinear) -> GIF:

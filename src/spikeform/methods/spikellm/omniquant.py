@@ -20,7 +20,7 @@ from spikeform.errors import CalibrationError
 from spikeform.methods.spikellm.clipping import Factors
 from spikeform.methods.spikellm.config import SpikeLLM
 from spikeform.methods.spikellm.trainee import Batch, Trainee, wide
-from spikeform.neurons import recording
+from spikeform.neurons import recording, unseen
 
 
 def train_block(
@@ -61,14 +61,10 @@ def train_block(
     trainee = Trainee(block, name, pairs, config, tiers or {})
     if config.pipeline == "omniquant" and config.epochs and (trainee.scales or trainee.logits):
         batches = list(zip(inputs, targets, calls, strict=True))
-        with torch.enable_grad(), recording(_unseen):  # probabilities stay real: their 16 bits round nothing here
+        with torch.enable_grad(), recording(unseen):  # probabilities stay real: their 16 bits round nothing here
             _train(trainee, batches, config, notify)
     trainee.fold()
     return trainee.factors()
-
-
-def _unseen(_neuron: nn.Module, _x: Tensor) -> None:
-    """Neurons that are calibrated spike as ever."""
 
 
 def _train(

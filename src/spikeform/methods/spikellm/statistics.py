@@ -131,6 +131,7 @@ class Statistics:
             for role in ("query", "key", "value"):
                 self._roles[getattr(attention, role)] = (child, role)
         self.inputs: dict[str, Inputs] = {}
+        self.outputs: list[Tensor] = []  # what the block sent meanwhile
         self._now: tuple[Tensor, Inputs] | None = None
 
     @classmethod
@@ -138,7 +139,7 @@ class Statistics:
         """What ``block`` sees when it runs on ``hidden``."""
         statistics = cls(block.module, block.name, only)
         with statistics.watch():
-            block.run_all(hidden)
+            statistics.outputs = block.run_all(hidden)
         return statistics
 
     @contextmanager
@@ -193,3 +194,9 @@ class Statistics:
             if not any(inputs is f for f in found):
                 found.append(inputs)
         return found
+
+
+def relative_error(out: list[Tensor], target: list[Tensor], before: list[Tensor]) -> float:
+    """Squared error of a block's output over the mean square of what it should add to its input ``before``."""
+    error = sum(float((o - t).double().square().sum()) for o, t in zip(out, target, strict=True))
+    return error / max(sum(float((t - b).double().square().sum()) for t, b in zip(target, before, strict=True)), 1e-30)
