@@ -1,0 +1,262 @@
+// Products of encoded rows with row-major weights: synapses/fused.py has their meaning.
+#define SF_KERNELS "products_kernels.h"
+#include "each_level.h"
+
+#include <vector>
+
+using namespace spikeform;
+
+namespace {
+
+constexpr int64_t TILE = 32;        // weight rows whose sums wait for their scale
+constexpr int64_t LIMBS = 3;        // bytes of a code, at most
+constexpr int64_t ROWS = 256;       // rows of x in a pass over the weights
+constexpr int64_t FEW = 8;          // rows up to which outliers are worth no gathering
+constexpr int64_t GROUP = 4;        // rows of a pass over real weights
+constexpr int64_t WORTH = 1 << 16;  // weight bytes below which another thread costs more than it brings
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+// Bytes from plane to plane: whole blocks, and no power of two, which would put all planes into the same cache sets.
+int64_t pitch_of(int64_t K, int64_t block) { return round_up(K, block); }
+int64_t threads_for(int64_t bytes, int64_t threads) { return std::max<int64_t>(1, std::min(threads, bytes / WORTH)); }
+
+// A real tensor of either kind.
+struct Reals {
+    void* place;
+    int64_t kind;
+    const float* floats(int64_t at) const { return static_cast<const float*>(place) + at; }
+    const bf16* halves(int64_t at) const { return static_cast<const bf16*>(place) + at; }
+};
+
+// A bias as fp32, or null.
+const float* floats_of(const void* bias, int64_t kind, int64_t N) {
+    if (!bias || kind == FP32) return static_cast<const float*>(bias);
+    float* wide = scratch<float>(7, size_t(N));
+    for (int64_t n = 0; n < N; n++) wide[n] = real(static_cast<const bf16*>(bias)[n]);
+    return wide;
+}
+
+// int8 rows that share a pass over the weights: limbs of codes, each of a row of x and a sub-neuron.
+struct Planes {
+    struct Of {
+        int64_t row, slot;  // slot: 3 sub-neuron + limb
+    };
+    std::vector<const int8_t*> codes;
+    std::vector<int32_t> totals;
+    std::vector<Of> of;
+
+    void add(const int8_t* place, int32_t total, int64_t row, int64_t slot) {
+        codes.push_back(place);
+        totals.push_back(total);
+        of.push_back({row, slot});
+    }
+};
+
+// Weights of a product: int8 [N, K], or nibbles [N, K / 2] with their zeros [N].
+struct Weights {
+    const uint8_t* place;
+    const int16_t* zero;
+    int64_t K, N;
+    int64_t stride() const { return zero ? K / 2 : K; }
+};
+
+// What integer sums become.
+struct Finish {
+    const float *scale, *bias, *rows;  // rows: unit of each row of x, or null: units are `units`
+    float units[2];
+    bool gated;
+    Reals out;
+};
+
+// All planes times all weights; `extra` planes go with the weights' `columns` only.
+void integer_product(const Planes& planes, const Planes& extra, const std::vector<int64_t>& columns, Weights weights,
+                     const Finish& finish, int64_t from, int64_t rows, int64_t threads) {
+    const int64_t stride = weights.stride(), narrow = round_up(int64_t(columns.size()), 64), N = weights.N;
+    const int64_t own = int64_t(planes.codes.size()), more = int64_t(extra.codes.size());
+    const auto dot = weights.zero ? SF_PICK(dot_int4) : SF_PICK(dot_int8);
+    use_large_pages(weights.place, N * stride);
+    parallel(N, TILE, threads_for(N * stride * std::max<int64_t>(own / 4, 1), threads), [&](int64_t begin, int64_t end) {
+        int32_t* sums = scratch<int32_t>(4, size_t((own + more) * TILE));
+        uint8_t* part = scratch<uint8_t>(5, size_t(TILE * narrow));
+        std::memset(part, 0, size_t(TILE * narrow));
+        const int32_t** whole = scratch<const int32_t*>(6, size_t(rows * 2 * LIMBS));
+        std::fill(whole, whole + rows * 2 * LIMBS, nullptr);
+        for (int64_t p = 0; p < own; p++) whole[planes.of[p].row * 2 * LIMBS + planes.of[p].slot] = sums + p * TILE;
+        for (int64_t p = 0; p < more; p++)
+            whole[extra.of[p].row * 2 * LIMBS + extra.of[p].slot] = sums + (own + p) * TILE;
+        for (int64_t n = begin; n < end; n += TILE) {
+            const int64_t size = std::min(TILE, end - n);
+            const uint8_t* place = weights.place + n * stride;
+            const int16_t* zero = weights.zero ? weights.zero + n : nullptr;
+            dot(place, stride, zero, weights.K, size, planes.codes.data(), own, planes.totals.data(), sums, TILE);
+            if (more) {
+                for (int64_t r = 0; r < size; r++)
+                    for (size_t c = 0; c < columns.size(); c++) part[r * narrow + c] = place[r * stride + columns[c]];
+                dot(part, narrow, nullptr, narrow, size, extra.codes.data(), more, extra.totals.data(),
+                    sums + own * TILE, TILE);
+            }
+            for (int64_t m = 0; m < rows; m++) {
+                const float unit = finish.rows ? finish.rows[m] : finish.units[0];
+                const float* bias = finish.bias ? finish.bias + n : nullptr;
+                const int64_t at = (from + m) * N + n;
+                if (finish.out.kind == BF16)
+                    SF_PICK(finish_bf16)(whole + m * 2 * LIMBS, size, finish.scale + n, unit, finish.units[1],
+                                         finish.gated, bias, static_cast<bf16*>(finish.out.place) + at);
+                else
+                    SF_PICK(finish_fp32)(whole + m * 2 * LIMBS, size, finish.scale + n, unit, finish.units[1],
+                                         finish.gated, bias, static_cast<float*>(finish.out.place) + at);
+            }
+        }
+    });
+}
+
+void codes_of(const Oat& p, Reals x, int64_t at, int64_t K, int32_t* normal, int32_t* beyond) {
+    if (x.kind == BF16)
+        SF_PICK(oat_codes_bf16)(p, x.halves(at), K, normal, beyond);
+    else
+        SF_PICK(oat_codes_fp32)(p, x.floats(at), K, normal, beyond);
+}
+
+// Planes of rows from..from + rows; outliers' too where there are few rows, else the columns that hold any.
+void encode(const Oat& p, Reals x, int64_t from, int64_t rows, int64_t K, Planes& planes, Planes& extra,
+            std::vector<int64_t>& columns, int64_t threads) {
+    const int64_t pitch = pitch_of(K, 64), limbs = p.limit <= 127 ? 1 : p.limit <= 32639 ? 2 : 3;
+    const bool together = rows <= FEW;
+    const int64_t room = limbs * (together ? 2 : 1);
+    int8_t* places = scratch<int8_t>(0, size_t(rows * room * pitch));
+    std::vector<int64_t> needed(size_t(rows * 2), 0);
+    std::vector<int32_t> totals(size_t(rows * 2 * LIMBS));
+    std::vector<uint8_t> hit(size_t(K), 0);
+    parallel(rows, 1, threads_for(rows * K * 8, threads), [&](int64_t begin, int64_t end) {
+        int32_t* normal = scratch<int32_t>(1, size_t(2 * K));
+        for (int64_t m = begin; m < end; m++) {
+            int8_t* place = places + m * room * pitch;
+            codes_of(p, x, (from + m) * K, K, normal, normal + K);
+            needed[m * 2] = SF_PICK(split_limbs)(normal, K, place, pitch, &totals[m * 2 * LIMBS]);
+            if (p.gated && together)
+                needed[m * 2 + 1] = SF_PICK(split_limbs)(normal + K, K, place + limbs * pitch, pitch,
+                                                         &totals[m * 2 * LIMBS + LIMBS]);
+            else if (p.gated)
+                for (int64_t k = 0; k < K; k++)
+                    if (normal[K + k]) __atomic_store_n(&hit[k], 1, __ATOMIC_RELAXED);
+        }
+    });
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t r = 0; r < 2; r++)
+            for (int64_t l = 0; l < needed[m * 2 + r]; l++)
+                planes.add(places + (m * room + r * limbs + l) * pitch, totals[(m * 2 + r) * LIMBS + l], m,
+                           r * LIMBS + l);
+    for (int64_t k = 0; k < K; k++)
+        if (hit[k]) columns.push_back(k);
+    if (columns.empty()) return;
+    const int64_t count = int64_t(columns.size()), narrow = round_up(count, 64);
+    int8_t* outliers = scratch<int8_t>(2, size_t(rows * limbs * narrow));
+    int32_t* normal = scratch<int32_t>(1, size_t(2 * K));
+    std::vector<int32_t> chosen(static_cast<size_t>(count));
+    for (int64_t m = 0; m < rows; m++) {
+        codes_of(p, x, (from + m) * K, K, normal, normal + K);
+        for (int64_t c = 0; c < count; c++) chosen[c] = normal[K + columns[c]];
+        int8_t* place = outliers + m * limbs * narrow;
+        int64_t used = SF_PICK(split_limbs)(chosen.data(), count, place, narrow, totals.data());
+        for (int64_t l = 0; l < used; l++) extra.add(place + l * narrow, totals[l], m, LIMBS + l);
+    }
+}
+
+}  // namespace
+
+// x [M, K] real; weight int8 [N, K]; scale fp32 [N]; bias [N] or null; out [M, N] of the kind of x.
+SF_API void spikeform_oat_linear_int(void* x, int64_t kind, int64_t M, int64_t K, const uint8_t* weight, int64_t N,
+                                     const float* scale, const void* bias, int64_t bias_kind, const float* threshold,
+                                     int64_t populations, int64_t limit, int64_t resolution, int64_t rounding,
+                                     void* out, int64_t threads) {
+    const Oat p = oat(threshold, populations, limit, resolution, rounding);
+    const Finish finish{scale, floats_of(bias, bias_kind, N), nullptr, {p.unit[0], p.unit[1]}, p.gated, {out, kind}};
+    for (int64_t from = 0; from < M; from += ROWS) {
+        const int64_t rows = std::min(ROWS, M - from);
+        Planes planes, extra;
+        std::vector<int64_t> columns;
+        encode(p, {x, kind}, from, rows, K, planes, extra, columns, threads);
+        integer_product(planes, extra, columns, {weight, nullptr, K, N}, finish, from, rows, threads);
+    }
+}
+
+// weight int8 [N, K], or where `zero` is given nibbles [N, K / 2].
+SF_API void spikeform_gif_linear(void* x, int64_t kind, int64_t M, int64_t K, const uint8_t* weight,
+                                 const int16_t* zero, int64_t N, const float* scale, const void* bias,
+                                 int64_t bias_kind, const float* top, const float* multiple, int64_t levels,
+                                 int64_t steps, void* out, int64_t threads) {
+    const Reals input{x, kind};
+    const int64_t pitch = pitch_of(K, zero ? 128 : 64);
+    const float* added = floats_of(bias, bias_kind, N);
+    for (int64_t from = 0; from < M; from += ROWS) {
+        const int64_t rows = std::min(ROWS, M - from);
+        int8_t* places = scratch<int8_t>(0, size_t(rows * pitch));
+        float units[ROWS];
+        int32_t totals[ROWS];
+        parallel(rows, 1, threads_for(rows * K * 8, threads), [&](int64_t begin, int64_t end) {
+            int8_t* codes = scratch<int8_t>(1, size_t(K));
+            for (int64_t m = begin; m < end; m++) {
+                int8_t *plane = places + m * pitch, *to = zero ? codes : plane;
+                const int64_t at = (from + m) * K;
+                units[m] = kind == BF16
+                               ? SF_PICK(gif_bf16)(input.halves(at), K, top, multiple, levels, steps, to, totals + m)
+                               : SF_PICK(gif_fp32)(input.floats(at), K, top, multiple, levels, steps, to, totals + m);
+                if (zero)
+                    SF_PICK(spread_nibbles)(codes, K, plane, pitch);
+                else
+                    std::memset(plane + K, 0, size_t(pitch - K));
+            }
+        });
+        Planes planes;
+        for (int64_t m = 0; m < rows; m++) planes.add(places + m * pitch, totals[m], m, 0);
+        integer_product(planes, {}, {}, {weight, zero, K, N}, {scale, added, units, {}, false, {out, kind}}, from, rows,
+                        threads);
+    }
+}
+
+// weight [N, K] real; values are fp32. For few rows.
+SF_API void spikeform_oat_linear(void* x, int64_t kind, int64_t M, int64_t K, const void* weight, int64_t weight_kind,
+                                 int64_t N, const void* bias, int64_t bias_kind, const float* threshold,
+                                 int64_t populations, const int8_t* shift, int64_t limit, int64_t resolution,
+                                 int64_t rounding, void* out, int64_t threads) {
+    const Oat p = oat(threshold, populations, limit, resolution, rounding);
+    const Reals input{x, kind};
+    const float* added = floats_of(bias, bias_kind, N);
+    const bool half = weight_kind == BF16;
+    float* values = scratch<float>(2, size_t(M * K));
+    parallel(M, 1, threads_for(M * K * 8, threads), [&](int64_t begin, int64_t end) {
+        float* row = scratch<float>(3, size_t(K));
+        for (int64_t m = begin; m < end; m++) {
+            float* plain = half ? row : values + m * K;
+            if (kind == BF16)
+                SF_PICK(oat_values_bf16)(p, input.halves(m * K), shift, K, plain);
+            else
+                SF_PICK(oat_values_fp32)(p, input.floats(m * K), shift, K, plain);
+            if (half) SF_PICK(split_pairs)(plain, K, values + m * K);
+        }
+    });
+    use_large_pages(weight, N * K * (half ? 2 : 4));
+    parallel(N, TILE, threads_for(N * K * (half ? 2 : 4), threads), [&](int64_t begin, int64_t end) {
+        float sums[GROUP * TILE];
+        for (int64_t n = begin; n < end; n += TILE) {
+            const int64_t size = std::min(TILE, end - n);
+            for (int64_t from = 0; from < M; from += GROUP) {  // the weights come again from the cache
+                const int64_t rows = std::min(GROUP, M - from);
+                const float* of = values + from * K;
+                if (half)
+                    SF_PICK(real_bf16)(static_cast<const bf16*>(weight) + n * K, K, size, of, K, rows, sums, TILE);
+                else
+                    SF_PICK(real_fp32)(static_cast<const float*>(weight) + n * K, K, size, of, K, rows, sums, TILE);
+                for (int64_t m = 0; m < rows; m++)
+                    for (int64_t j = 0; j < size; j++) {
+                        const float y = added ? sums[m * TILE + j] + added[n + j] : sums[m * TILE + j];
+                        const int64_t at = (from + m) * N + n + j;
+                        if (kind == BF16)
+                            put(static_cast<bf16*>(out) + at, y);
+                        else
+                            put(static_cast<float*>(out) + at, y);
+                    }
+            }
+        }
+    });
+}
