@@ -1,0 +1,254 @@
+"""Attention on codes on a GPU: checked against SpikingAttention, timed beside PyTorch's attention in bf16.
+
+    python benchmarks/gpu_attention.py --out benchmarks/results/gpu-attention.json [--sweep decode|prefill|all]
+
+A figure is the time of one call in a CUDA graph of several, each on a cache of its own, so that no cache of the
+processor holds it; the best of several replays. Shapes are those of LLaMA-7B (32 heads of 128), and with 8 key/value
+heads. ``oat`` has two free thresholds, ``oat2`` two that are powers of two, ``gif`` 4 bits, rotated. ``--sweep`` prints
+the fastest sizes of programs; ``--quick`` is a dry run on small shapes (on a CPU with TRITON_INTERPRET=1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from spikeform.layers import SpikingAttention
+from spikeform.layers.triton import attention, decode, prefill
+from spikeform.layers.triton.operands import Counts, Mask, Populations, dense, padded, train
+from spikeform.layers.triton.query import encode_gif
+from spikeform.neurons import GIF, OAT, Dynamic, FixedPointHG
+from spikeform.neurons.oat import ROUNDINGS
+from spikeform.spikes import Radix2
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROTATED = 200 * 2**20  # bytes of caches, several times the last level
+STEPS = 8
+KINDS = "oat", "oat2", "gif"
+
+
+def layer(kind: str, groups: int, size: int) -> SpikingAttention:
+    """A layer of random populations."""
+    if kind != "gif":
+        pairs = [(1.0, 8.0)] * 3 if kind == "oat2" else [(1.1, 7.3), (0.9, 6.1), (1.2, 8.9)]
+        neurons = [OAT(Radix2(STEPS), pair) for pair in [*pairs, (0.13, 1.004)]]
+        hgs = [FixedPointHG(name, Radix2(STEPS)) for name in ("exp", "reciprocal")]
+        return SpikingAttention(*neurons, *hgs).to(DEVICE)
+    generator = torch.Generator().manual_seed(0)
+
+    def neuron(channels: tuple[int, ...], steps: int) -> GIF:
+        gif = GIF(4, channels, steps=steps)
+        gif.set_times(1 + (torch.rand(channels, generator=generator) < 0.1) * (steps - 1))
+        return gif
+
+    channels = (groups, 1, size)
+    made = neuron((size,), 1), neuron(channels, 2), neuron(channels, 2)
+    spiking = SpikingAttention(*made, Dynamic(), None, None)
+    spiking.signs = (torch.randint(0, 2, (size,), generator=generator) * 2 - 1).to(torch.int8)
+    return spiking.to(DEVICE)
+
+
+class Case:
+    """A layer, queries, as many caches as shall take turns, and a mask."""
+
+    def __init__(self, kind: str, length: int, seen: int, slots: int, heads: int, groups: int, size: int = 128) -> None:
+        self.layer, self.kind, self.size = layer(kind, groups, size), kind, size
+        copies = max(1, min(8, ROTATED // (4 * slots * groups * size)))
+        self.q = torch.randn(1, length, heads, size, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
+        self.real, self.caches = [], []
+        for _ in range(copies):
+            k, v = torch.randn(2, 1, groups, slots, size, device=DEVICE, dtype=torch.bfloat16).unbind()
+            codes = self.layer.encode(k, v)
+            self.real.append((k, v))
+            self.caches.append((self.layer.key.pack(codes[0]), self.layer.value.pack(codes[1])))
+        late = torch.arange(slots)[None] > torch.arange(length)[:, None] + seen - length
+        mask = torch.zeros(1, 1, length, slots).masked_fill_(late, torch.finfo(torch.bfloat16).min)
+        self.mask = mask.to(DEVICE, torch.bfloat16)
+
+    def rule(self) -> Populations | Counts:
+        """The layer's parameters as the kernels take them."""
+        spiking = self.layer
+        if self.kind == "gif":
+            return Counts(
+                spiking.key.tables().multiple, spiking.value.tables().multiple, spiking.probability.coding.limit
+            )
+        neurons = spiking.query, spiking.key, spiking.value, spiking.probability
+        coding, bank = spiking.query.coding, (spiking.exp.coding.steps, True, spiking.exp.low, spiking.exp.high)
+        rest = coding.limit, coding.limit, coding.resolution, ROUNDINGS.index("nearest"), *bank
+        return Populations(*(neuron.threshold for neuron in neurons), *rest)
+
+    def run(self, i: int, form: object = None) -> Tensor:
+        """One call on the i-th cache, by the kernels for so many queries, with given sizes or those of the table."""
+        k, v = self.caches[i % len(self.caches)]
+        q, spiking = self.q, self.layer
+        batch, heads, length, size = q.shape
+        out = torch.empty((batch, length, heads, size), dtype=q.dtype, device=q.device)
+        rows, units = dense(q), None
+        if self.kind == "gif":
+            tables = spiking.query.tables()
+            rows, units = encode_gif(rows, spiking.signs, tables.multiple, spiking.query.levels, spiking.query.steps)
+        attend = decode.attend if length <= attention.FEW else prefill.attend
+        seen = Mask.of(self.mask, batch, heads, length, k.shape[2])
+        attend(rows, units, train(k, size), train(v, size), seen, size**-0.5, self.rule(), size, out, form)
+        return out
+
+    def reference(self) -> Tensor:
+        """The layer itself, in fp32, on the first cache."""
+        self.layer._fused = lambda *_: None
+        return self.layer(self.q.float(), *self.caches[0], self.mask.float(), self.size**-0.5)
+
+    def dense(self, i: int) -> Tensor:
+        """PyTorch's attention on real keys and values; without a mask where it is causal, which is faster."""
+        k, v = self.real[i % len(self.real)]
+        length, slots = self.q.shape[2], k.shape[2]
+        grouped = {"enable_gqa": k.shape[1] != self.q.shape[1]}
+        if length == slots:
+            return F.scaled_dot_product_attention(self.q, k, v, is_causal=True, **grouped)
+        return F.scaled_dot_product_attention(self.q, k, v, self.mask, **grouped)
+
+
+def microseconds(call: Callable[[int], object], calls: int = 8, rounds: int = 20) -> float:
+    """Of one call in a graph of several."""
+    if DEVICE == "cpu":
+        call(0)
+        return 0.0
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for i in range(3):
+            call(i)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i)
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / calls)
+    return min(times)
+
+
+def check(quick: bool) -> list[dict]:
+    """How far the kernels are from the layer in fp32, in probability units times the largest value."""
+    found = []
+    shapes = (
+        [(1, 60, 70), (9, 60, 70)] if quick else [(1, 900, 1024), (3, 1024, 1024), (100, 1000, 1024), (700, 700, 700)]
+    )
+    for kind, (length, seen, slots), groups in itertools.product(KINDS, shapes, (2, 4)):
+        case = Case(kind, length, seen, slots, 4, groups, 32 if quick else 128)
+        case.q = case.q.float()  # bf16 results would hide what differs
+        error = (case.run(0) - case.reference()).abs()
+        unit = 1 / 65535 if kind == "gif" else float(case.layer.probability.quantum().max())
+        scale = unit * float(case.real[0][1].abs().max())
+        size = float(case.reference().abs().max())
+        row = {
+            "kind": kind,
+            "L": length,
+            "S": seen,
+            "slots": slots,
+            "G": groups,
+            "max_units": float(error.max()) / scale,
+        }
+        row |= {"mean_units": float(error.mean()) / scale, "max_relative": float(error.max()) / size}
+        found.append({key: round(x, 5) if isinstance(x, float) else x for key, x in row.items()})
+        print(found[-1], flush=True)
+    return found
+
+
+def times(quick: bool) -> list[dict]:
+    found = []
+    shapes = [
+        (1, 256, 256),
+        (1, 1024, 1024),
+        (1, 4096, 4096),
+        (1, 512, 4096),
+        (4, 1024, 1024),
+        (512, 512, 512),
+        (2048, 2048, 2048),
+    ]
+    for (length, seen, slots), groups in itertools.product(shapes[:1] if quick else shapes, (32, 8)):
+        row = {"L": length, "S": seen, "slots": slots, "H": 32, "G": groups}
+        if quick:
+            row |= {"H": 2, "G": 1}
+        for kind in KINDS:
+            case = Case(kind, length, seen, slots, row["H"], row["G"])
+            row[f"{kind}_us"] = round(microseconds(case.run, rounds=10 if length > 4 else 30), 1)
+        row["sdpa_us"] = round(microseconds(case.dense), 1)
+        found.append(row)
+        print(row, flush=True)
+    return found
+
+
+def decode_forms(case: Case) -> list[decode.Form]:
+    rows = case.q.shape[1] // case.caches[0][0].shape[1] * case.q.shape[2]
+    usual = decode.form_of(case.caches[0][0].shape[2], rows, case.size, case.caches[0][0].element_size())
+    forms = [usual]
+    for block, warps in itertools.product((32, 64, 128), (4, 8)):
+        forms.append(usual._replace(block=block, warps=warps))
+    for channels, step, stages, warps in itertools.product((16, 32, 64), (64, 128), (1, 3), (4, 8)):
+        forms.append(usual._replace(channels=channels, step=step, stages=stages, warps=warps))
+    return forms
+
+
+def prefill_forms(case: Case) -> list[prefill.Form]:
+    usual = prefill.form_of(case.q.shape[2], padded(case.size), case.kind == "oat")
+    sizes = itertools.product(((64, 4), (128, 8)), (32, 64, 128), (2, 3))
+    forms = [prefill.Form(rows, keys, stages, warps) for (rows, warps), keys, stages in sizes]
+    return [usual, *[form for form in forms if form != usual]]
+
+
+def sweep(which: str) -> list[dict]:
+    """The fastest sizes of programs for each shape, beside those of the table."""
+    found = []
+    shapes = [(1, 256, 32), (1, 1024, 32), (1, 4096, 32), (1, 1024, 8)] if which == "decode" else [(2048, 2048, 32)]
+    for kind, (length, slots, groups) in itertools.product(KINDS, shapes):
+        case, timed = Case(kind, length, slots, slots, 32, groups), []
+        for form in (decode_forms if which == "decode" else prefill_forms)(case):
+            try:
+                timed.append((microseconds(lambda i, case=case, form=form: case.run(i, form), 4, 8), form))
+            except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
+                print(kind, form, type(error).__name__, flush=True)
+        row = {"kind": kind, "L": length, "S": slots, "G": groups, "usual_us": round(timed[0][0], 1)}
+        row["best"] = [(round(us, 1), *form) for us, form in sorted(timed, key=lambda pair: pair[0])[:5]]
+        found.append(row)
+        print(row, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out = os.environ.get("OUT")
+    default = Path(out) if out else Path(__file__).parent / "results"
+    parser.add_argument("--out", type=Path, default=default / "gpu-attention.json")
+    parser.add_argument("--sweep", choices=("decode", "prefill", "all"))
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor()
+    result = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "check": check(args.quick)}
+    result["times"] = times(args.quick)
+    for which in ("decode", "prefill"):
+        if args.sweep in (which, "all") and not args.quick:
+            result[f"{which}_sweep"] = sweep(which)
+    if not args.quick:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Attention on codes as Triton kernels; imported only where one runs."""

@@ -1,0 +1,412 @@
+"""Attention of few queries on many cached codes: bound by the memory that holds the codes, which is read once.
+
+Two kernels, and no host in between. ``_scores`` reads keys: a program has one block of keys of one key/value head, and
+leaves real scores and their largest. ``_context`` reads values: a program has some channels of one key/value head, and
+finds the softmax of its rows anew (there are few), so nothing has to be put together afterwards. Blocks of keys that no
+row sees are not read. A single row is summed in fp32; more rows go to tensor cores, each operand in two bf16 planes.
+
+Rows are the queries of one key/value head: row ``r L + l`` is query l of its r-th query head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spikeform.layers.triton import tiles
+from spikeform.layers.triton.operands import Counts, Mask, Populations, Train, cdiv, padded, pow2, run
+from spikeform.neurons.triton import codes
+from spikeform.neurons.triton.oat import units as units_of
+
+ROWS = 16  # of a program: more rows of one head go to further programs
+PEAKS = tl.constexpr(128)  # blocks whose largest scores are looked at at once
+
+
+@triton.jit
+def _row(group, heads, groups, length, ROWS: tl.constexpr, HIGH: tl.constexpr):
+    """Head and query of each of a program's rows, HIGH to a tile; where they stand in scratch; which exist."""
+    own = tl.arange(0, HIGH)
+    row = tl.program_id(2) * ROWS + own
+    share = heads // groups
+    return group * share + row // length, row % length, row, (own < ROWS) & (row < share * length)
+
+
+@triton.jit
+def _twice(x):
+    """``[M, N]`` as the upper half of ``[2 M, N]``, zero below."""
+    return tl.permute(tl.join(x, x * 0.0), 2, 0, 1).reshape(x.shape[0] * 2, x.shape[1])
+
+
+@triton.jit
+def _padded(x, ROWS: tl.constexpr):
+    """``[ROWS, N]`` as the first of 16 rows, the least that tensor cores take; zero below."""
+    if ROWS <= 8:
+        if ROWS <= 4:
+            if ROWS <= 2:
+                x = _twice(x)
+            x = _twice(x)
+        x = _twice(x)
+    return x
+
+
+@triton.jit
+def _product(a, b, HIGH: tl.constexpr):
+    """``a b`` on tensor cores, each operand to within 2^-17 of it; integers below 2^16 exactly."""
+    a_high, a_low = tiles.planes(a)
+    b_high, b_low = tiles.planes(b)
+    sums = tiles.dot(a_high, b_high, tl.zeros((HIGH, b.shape[1]), tl.float32))
+    sums = tiles.dot(a_low, b_high, sums)
+    return tiles.dot(a_low, b_low, tiles.dot(a_high, b_low, sums))
+
+
+@triton.jit
+def _value(packed, threshold, multiple, resolution, OAT: tl.constexpr, TWO: tl.constexpr):
+    """What packed codes stand for: OAT: real values; GIF: integers in the token's common unit (``multiple``)."""
+    if OAT:
+        value = (packed >> 1).to(tl.float32)
+        unit0 = tl.div_rn(tl.load(threshold), resolution)
+        if TWO:
+            unit1 = tl.div_rn(tl.load(threshold + 1), resolution)
+            value *= tl.where((packed & 1) != 0, unit1, unit0)
+        else:
+            value *= unit0
+    else:
+        value = packed.to(tl.float32) * multiple
+    return value
+
+
+# As a cache grows little is to be compiled anew.
+@triton.jit(
+    do_not_specialize=["k_b", "k_g", "ku_b", "ku_g", "vu_b", "vu_g", "m_b", "m_h", "m_l"],
+    do_not_specialize_on_alignment=["mask"],
+)
+def _scores(
+    q,
+    q_unit,
+    k,
+    k_unit,
+    v_unit,
+    mask,
+    scores,
+    peaks,
+    units,
+    query_threshold,
+    key_threshold,
+    multiple,
+    least,
+    scaling,
+    limit,
+    resolution,
+    heads,
+    groups,
+    length,
+    keys,
+    q_b,
+    q_h,
+    q_l,
+    k_b,
+    k_g,
+    k_s,
+    ku_b,
+    ku_g,
+    ku_s,
+    vu_b,
+    vu_g,
+    vu_s,
+    m_b,
+    m_h,
+    m_l,
+    m_s,
+    WORD: tl.constexpr,
+    OAT: tl.constexpr,
+    TWO_Q: tl.constexpr,
+    TWO_K: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    MASKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    HIGH: tl.constexpr,
+    SIZE: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block, pair = tl.program_id(0), tl.program_id(1)
+    batch, group = (pair // groups).to(tl.int64), (pair % groups).to(tl.int64)
+    head, query, row, live = _row(group, heads, groups, length, ROWS, HIGH)
+    key = block * BLOCK + tl.arange(0, BLOCK)
+    exists = live[:, None] & (key < keys)[None, :]
+    bias = tl.where(exists, 0.0, float("-inf"))
+    if MASKED:
+        mask += batch * m_b
+        places = head[:, None] * m_h + query[:, None] * m_l + key[None, :].to(tl.int64) * m_s
+        bias = tl.load(mask + places, exists, other=float("-inf")).to(tl.float32)
+        bias = tl.where(bias > least, bias, float("-inf"))
+    span = tl.num_programs(0) * BLOCK
+    place = pair.to(tl.int64) * tl.num_programs(2) * ROWS + row
+    found = bias
+    unit = tl.zeros((BLOCK,), tl.float32)
+    if tl.max(tl.max(bias, 1), 0) > float("-inf"):
+        e = tl.arange(0, E)
+        inside = e < SIZE
+        there = live[:, None] & inside[None, :]
+        at_query = q + batch * q_b + head[:, None] * q_h + query[:, None] * q_l + e[None, :]
+        v = tl.load(at_query, there, other=0).to(tl.float32)
+        if OAT:
+            threshold0, threshold1, unit0, unit1 = units_of(query_threshold, resolution, TWO_Q)
+            code, outlier = codes.oat_code(v, threshold0, threshold1, unit0, unit1, limit, TWO_Q, ROUNDING)
+            v = codes.oat_value(code, outlier, unit0, unit1, TWO_Q)
+        start = batch * (k_b * WORD) + group * (k_g * WORD)
+        at_key = k + start + key[:, None].to(tl.int64) * (k_s * WORD) + e[None, :]
+        packed = tl.load(at_key, (key < keys)[:, None] & inside[None, :], other=0).to(tl.int32)
+        factor = 0.0
+        if not OAT:
+            factor = tl.load(multiple + group * SIZE + e, inside, other=0.0)[None, :]
+        value = _value(packed, key_threshold, factor, resolution, OAT, TWO_K)
+        found = tl.sum(value * tl.reshape(v, (1, E)), 1)[None, :] if HIGH == 1 else _product(v, tl.trans(value), HIGH)
+        if not OAT:
+            of_row = tl.load(q_unit + (batch * heads + head) * length + query, live, other=0.0)
+            of_key = tl.load(k_unit + batch * ku_b + group * ku_g + key * ku_s, key < keys, other=0.0)
+            found *= of_row[:, None]
+            found *= of_key[None, :]
+            unit = tl.load(v_unit + batch * vu_b + group * vu_g + key * vu_s, key < keys, other=0.0)
+        found = found * scaling + bias
+    own = row < (tl.program_id(2) + 1) * ROWS
+    tl.store(scores + place[:, None] * span + key[None, :], found, own[:, None])
+    tl.store(peaks + place * tl.num_programs(0) + block, tl.max(found, 1), own)
+    if not OAT:  # they lie far apart, among the values' codes: the next kernel wants them together
+        tl.store(units + pair.to(tl.int64) * span + key, unit)
+
+
+@triton.jit
+def _exp(score, most, top, floor, BITS: tl.constexpr, NEAREST: tl.constexpr):
+    """``exp(score - most)``, through its HG neuron where there is one."""
+    e = codes.exp(score - most)
+    if BITS > 0:
+        e = codes.round_mantissa(e, BITS, NEAREST, top, floor, False)
+    return e
+
+
+@triton.jit(do_not_specialize=["blocks", "v_b", "v_g"])
+def _context(
+    scores,
+    peaks,
+    units,
+    v,
+    out,
+    value_threshold,
+    probability_threshold,
+    multiple,
+    peak,
+    resolution,
+    top,
+    floor,
+    heads,
+    groups,
+    length,
+    keys,
+    blocks,
+    v_b,
+    v_g,
+    v_s,
+    WORD: tl.constexpr,
+    OAT: tl.constexpr,
+    TWO_P: tl.constexpr,
+    TWO_V: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    BITS: tl.constexpr,
+    NEAREST: tl.constexpr,
+    ROWS: tl.constexpr,
+    HIGH: tl.constexpr,
+    SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    pair = tl.program_id(1)
+    batch, group = (pair // groups).to(tl.int64), (pair % groups).to(tl.int64)
+    _, _, row, _ = _row(group, heads, groups, length, ROWS, ROWS)
+    place = pair.to(tl.int64) * tl.num_programs(2) * ROWS + row
+    span = blocks * BLOCK
+    at_score = scores + place[:, None] * span
+    at_unit = units + pair.to(tl.int64) * span
+
+    tops = tl.full((ROWS, PEAKS), float("-inf"), tl.float32)
+    firsts = tl.zeros((ROWS, PEAKS), tl.int32) + blocks
+    lasts = tl.zeros((ROWS, PEAKS), tl.int32)
+    for start in range(0, blocks, PEAKS):
+        block = start + tl.arange(0, PEAKS)[None, :]
+        highest = tl.load(peaks + place[:, None] * blocks + block, block < blocks, other=float("-inf"))
+        tops = tl.maximum(tops, highest)
+        seen = highest > float("-inf")
+        firsts = tl.where(seen, tl.minimum(firsts, block), firsts)
+        lasts = tl.where(seen, tl.maximum(lasts, block + 1), lasts)
+    most = tl.max(tops, 1)
+    most = tl.where(most > float("-inf"), most, 0.0)  # of a row that sees nothing all terms are zero
+    # Blocks of keys that some row sees lie in first .. last - 1.
+    first, last = tl.min(tl.min(firsts, 1), 0), tl.max(tl.max(lasts, 1), 0)
+    begin, end = first * BLOCK, last * BLOCK
+
+    terms = tl.zeros((ROWS, WIDE), tl.float32)
+    heights = tl.zeros((ROWS, WIDE), tl.float32)
+    for start in tl.range(begin, end, WIDE):
+        key = start + tl.arange(0, WIDE)
+        score = tl.load(at_score + key[None, :], (key < end)[None, :], other=float("-inf"))
+        e = _exp(score, most[:, None], top, floor, BITS, NEAREST)
+        terms += e
+        if not OAT:
+            heights = tl.maximum(heights, e * tl.load(at_unit + key, key < end, other=0.0)[None, :])
+    total = tl.maximum(tl.sum(terms, 1), 0.5)
+    inverse = codes.inverse(total)
+    if BITS > 0:
+        inverse = codes.round_mantissa(inverse, BITS, NEAREST, top, floor, False)
+    threshold0, threshold1, unit0, unit1 = units_of(probability_threshold, resolution, TWO_P)
+    unit = total
+    if not OAT:
+        # Dynamic: the largest probability (in the values' units) has the code ``peak``.
+        largest = tl.max(heights, 1) * inverse
+        unit = tl.maximum(tl.div_rn(largest, largest * 0.0 + peak), 1.1754943508222875e-38)
+
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < SIZE
+    factor = 0.0
+    if not OAT:
+        factor = tl.load(multiple + group * SIZE + channel, inside, other=0.0)[None, :]
+    at_value = v + batch * (v_b * WORD) + group * (v_g * WORD) + channel[None, :]
+    # One row stands upright, as its keys do in a tile of values; several lie, as a product wants them.
+    if HIGH == 1:
+        origin, whole, part, step = tl.max(most, 0), tl.max(total, 0), tl.max(inverse, 0), tl.max(unit, 0)
+        sums = tl.zeros((STEP, CHANNELS), tl.float32)
+    else:
+        origin, whole, part, step = most[:, None], total[:, None], inverse[:, None], unit[:, None]
+        sums = tl.zeros((HIGH, CHANNELS), tl.float32)
+    for start in tl.range(begin, end, STEP, num_stages=STAGES):
+        key = start + tl.arange(0, STEP)
+        there = (key < keys)[:, None] & inside[None, :]
+        packed = tl.load(at_value + key[:, None].to(tl.int64) * (v_s * WORD), there, other=0).to(tl.int32)
+        lane = key[:, None] if HIGH == 1 else key[None, :]
+        score = tl.load(at_score + lane, lane < end, other=float("-inf"))
+        p = _exp(score, origin, top, floor, BITS, NEAREST)
+        if BITS > 0:
+            p *= part
+        else:
+            p = codes.quotient(p, whole, part)
+        if OAT:
+            code, outlier = codes.oat_code(p, threshold0, threshold1, unit0, unit1, peak, TWO_P, ROUNDING)
+            p = codes.oat_value(code, outlier, unit0, unit1, TWO_P)
+        else:
+            p *= tl.load(at_unit + lane, lane < end, other=0.0)
+            p = tl.minimum(codes.round_even(codes.quotient(p, step, codes.inverse(step))), peak)
+        value = _value(packed, value_threshold, factor, resolution, OAT, TWO_V)
+        if HIGH == 1:
+            sums += p * value
+        else:
+            sums += _product(_padded(p, ROWS), value, HIGH)
+    if HIGH == 1:
+        sums = tl.sum(sums, 0)[None, :]
+    if not OAT:
+        sums *= unit[:, None] if HIGH == 1 else _padded(unit[:, None], ROWS)
+    head, query, row, live = _row(group, heads, groups, length, ROWS, HIGH)
+    at = out + ((batch * length + query[:, None]) * heads + head[:, None]) * SIZE + channel[None, :]
+    tl.store(at, codes.rounded(sums, out.dtype.element_ty), live[:, None] & inside[None, :])
+
+
+def attend(
+    q: Tensor,
+    q_unit: Tensor | None,
+    k: Train,
+    v: Train,
+    mask: Mask,
+    scaling: float,
+    rule: Populations | Counts,
+    size: int,
+    out: Tensor,
+    form: Form | None = None,
+) -> None:
+    """Fill ``out`` ``[B, L, H, E]``.
+
+    Args:
+        q: ``[B, H, L, E or more]``, the last axis dense: real, or integers of the unit ``q_unit`` ``[B, H, L]``.
+        q_unit: None for real queries.
+        k: Cached keys.
+        v: Cached values.
+        mask: Who sees what.
+        scaling: Factor of the scores.
+        rule: What encodes: :class:`Populations` of real queries, :class:`Counts` of integers.
+        size: E.
+        out: Contiguous.
+        form: Sizes; None: what suits.
+    """
+    batch, length, heads, _ = out.shape
+    groups, keys = k.codes.shape[1:3]
+    rows, oat = heads // groups * length, isinstance(rule, Populations)
+    form = form or form_of(keys, rows, size, k.codes.element_size())
+    pairs, blocks, splits = batch * groups, cdiv(keys, form.block), cdiv(rows, form.rows)
+    scores = torch.empty((pairs, splits * form.rows, blocks * form.block), dtype=torch.float32, device=out.device)
+    peaks = torch.empty((pairs, splits * form.rows, blocks), dtype=torch.float32, device=out.device)
+    units = scores if oat else torch.empty((pairs, blocks * form.block), dtype=torch.float32, device=out.device)
+    if isinstance(rule, Populations):
+        of_query, of_key, of_value, of_probability = rule.query, rule.key, rule.value, rule.probability
+        limit, resolution, rounding = rule.limit, float(rule.resolution), rule.rounding
+        bank = {"BITS": rule.bits, "NEAREST": rule.nearest}
+        top, floor = rule.top, rule.floor
+    else:
+        of_query, of_key, of_value, of_probability = rule.key, rule.key, rule.value, rule.key
+        limit, resolution, rounding, top, floor = 0, 1.0, 0, 0.0, 0.0
+        bank = {"BITS": 0, "NEAREST": True}
+    of = of_query, of_key, of_value, of_probability
+    two = {f"TWO_{n}": oat and len(t) == 2 for n, t in zip("QKVP", of, strict=True)}
+    sizes = {
+        "OAT": oat, "ROUNDING": rounding, "ROWS": form.rows, "HIGH": form.high, "SIZE": size, "BLOCK": form.block,
+        "num_warps": form.warps,
+    }  # fmt: skip
+    run(
+        _scores, (blocks, pairs, splits), q, q_unit, k.codes, k.units, v.units, mask.values, scores, peaks, units,
+        of_query, of_key, of_key, mask.least, scaling, limit, resolution, heads, groups, length, keys,
+        *q.stride()[:3], *k.places, *k.unit_places, *v.unit_places, *mask.places, WORD=k.word, TWO_Q=two["TWO_Q"],
+        TWO_K=two["TWO_K"], MASKED=mask.values is not None, E=padded(size), **sizes,
+    )  # fmt: skip
+    run(
+        _context, (cdiv(size, form.channels), pairs, splits), scores, peaks, units, v.codes, out, of_value,
+        of_probability, of_value, rule.peak, resolution, top, floor, heads, groups, length, keys, blocks, *v.places,
+        WORD=v.word, TWO_P=two["TWO_P"], TWO_V=two["TWO_V"], CHANNELS=form.channels, WIDE=form.wide, STEP=form.step,
+        STAGES=form.stages, **bank, **sizes,
+    )  # fmt: skip
+
+
+class Form(NamedTuple):
+    """Sizes of the two kernels' programs.
+
+    Args:
+        rows: Queries of one key/value head.
+        block: Keys of a program that finds scores.
+        channels: Channels of a program that sums values.
+        step: Keys that it takes at once.
+        wide: Scores that it takes at once while it looks for their sum.
+        stages: Loads under way.
+        warps: Of either.
+    """
+
+    rows: int
+    block: int
+    channels: int
+    step: int
+    wide: int
+    stages: int
+    warps: int
+
+    @property
+    def high(self) -> int:
+        """Rows of a product: one is summed by hand, more are padded to what tensor cores take."""
+        return 1 if self.rows == 1 else 16
+
+
+def form_of(keys: int, rows: int, size: int, width: int) -> Form:
+    """What suits so many keys and rows of one head, E, and bytes of a code."""
+    rows = min(pow2(rows), ROWS)
+    channels = min(padded(size), 64 // width)
+    return Form(rows, 64 if keys > 256 else 32, channels, 64, max(1024 // rows, 64), 3, 4)

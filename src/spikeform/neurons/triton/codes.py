@@ -1,0 +1,242 @@
+"""Codes of neurons, element by element: device functions that every fused kernel shares.
+
+Arithmetic is fp32, and codes are those of the neurons in PyTorch, bit for bit: quotients are rounded correctly before
+they are rounded to an integer, ties go to even, and no product that a code hangs on is left to be fused into a sum.
+Inputs are not NaN, and those of GIF neurons are finite.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+# The interpreter has no fused multiply-add and no device library.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+NEAREST, FLOOR, STRICT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # as oat.ROUNDINGS
+# Sums of this and a number below 2^22 have no fraction: adding and subtracting it rounds to an integer, ties to even,
+# in two instructions at full rate. Beyond 2^22 the result stays beyond every limit of a code.
+WHOLE, WHOLE_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
+LEAST_UNIT, LARGEST_UNIT = tl.constexpr(1e-5), tl.constexpr(1e4)  # as gif
+ONE, YES = tl.constexpr(1), tl.constexpr(True)
+HALF_ROOT = tl.constexpr(0.7071067811865476)
+GELU_BETA, GELU_KAPPA = tl.constexpr(0.7978845608028654), tl.constexpr(0.044715)
+
+
+@triton.jit
+def round_even(v):
+    """The nearest integer, ties to even, of ``|v| < 2^22``."""
+    return (v + WHOLE) - WHOLE
+
+
+@triton.jit
+def inverse(unit):
+    """``1 / unit``, correctly rounded: what :func:`quotient` wants, computed once a unit."""
+    return tl.div_rn(1.0, unit)
+
+
+@triton.jit
+def quotient(v, unit, inverse_unit):
+    """``v / unit``, correctly rounded (Markstein: a product, its exact remainder, one correction).
+
+    NaN where it overflows, which :func:`oat_code` takes for more than its limit; one too small to be a normal number
+    is right to within rounding.
+    """
+    if INTERPRETED:
+        return tl.div_rn(v, unit)
+    else:
+        q = v * inverse_unit
+        # Times -1, not a minus: that would be a subtraction, and cost an instruction.
+        return tl.fma(tl.fma(q * -1.0, unit, v), inverse_unit, q)
+
+
+@triton.jit
+def oat_code(v, threshold0, threshold1, unit0, unit1, limit, TWO: tl.constexpr, ROUNDING: tl.constexpr):
+    """Code of an MT or OAT population.
+
+    Args:
+        v: Membrane potential, fp32 ``[...]``.
+        threshold0: Of the normal sub-neuron, a scalar.
+        threshold1: Of the outlier sub-neuron; no code depends on it but through its unit.
+        unit0: ``threshold0 / resolution``, correctly rounded.
+        unit1: Likewise; ignored where there is one sub-neuron.
+        limit: Largest magnitude of a code.
+        TWO: Whether there are two sub-neurons.
+        ROUNDING: Index of its name in :data:`spikeform.neurons.oat.ROUNDINGS`.
+
+    Returns:
+        Codes, integer-valued fp32 ``[...]``, and where the outlier sub-neuron fires; the value is code x its unit.
+    """
+    inverse0 = inverse(unit0)
+    inverse1 = inverse(unit1) if TWO else inverse0
+    magnitude = tl.abs(v)
+    outlier = magnitude >= threshold0
+    unit, inverse_unit = unit0, inverse0
+    if TWO:
+        unit, inverse_unit = tl.where(outlier, unit1, unit0), tl.where(outlier, inverse1, inverse0)
+    scaled = quotient(magnitude, unit, inverse_unit)
+    if ROUNDING == NEAREST:
+        code = round_even(scaled)
+    elif ROUNDING == FLOOR:
+        code = tl.floor(scaled)
+    else:
+        code = tl.maximum(tl.minimum(tl.ceil(scaled), limit + 1.0) - 1.0, 0.0)
+    code = tl.minimum(code, limit * 1.0)  # the smaller of NaN and a number is the number
+    sign = v.to(tl.int32, bitcast=True) & -0x80000000
+    return (code.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), outlier
+
+
+@triton.jit
+def oat_value(code, outlier, unit0, unit1, TWO: tl.constexpr):
+    """What a code of :func:`oat_code` is worth."""
+    return code * (tl.where(outlier, unit1, unit0) if TWO else unit0)
+
+
+@triton.jit
+def round_mantissa(y, BITS: tl.constexpr, NEAREST: tl.constexpr, top, floor, SIGNED: tl.constexpr = YES):
+    """What an HG bank sends for ``y``: its mantissa cut or rounded to so many bits, saturated, silent below the bank.
+
+    Args:
+        y: fp32 ``[...]``.
+        BITS: T, 1 to 23.
+        NEAREST: Round to nearest, halves away from zero; else cut.
+        top: ``(1 - 2^-T) 2^high``, the largest value.
+        floor: ``2^low``, the least magnitude that is sent.
+        SIGNED: Whether y may be negative.
+    """
+    step = ONE << (24 - BITS)  # a unit of the code, of a mantissa of 24 bits
+    if SIGNED:
+        y = tl.maximum(y, top * -1.0)
+    bits = tl.minimum(y, top).to(tl.int32, bitcast=True)
+    if NEAREST:
+        bits += step // 2
+    value = (bits & -step).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(value) < floor, 0.0, value)
+
+
+@triton.jit
+def rounded(v, dtype: tl.constexpr):
+    """fp32 as another real dtype, ties to even: the interpreter would cut it."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = v.to(tl.int32, bitcast=True)
+        v = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return v.to(dtype)
+
+
+@triton.jit
+def exp(x):
+    """``e^x``, to a unit in the last place: the bare hardware instruction is too coarse for 16-bit codes."""
+    if INTERPRETED:
+        return tl.exp(x)
+    else:
+        return libdevice.exp(x)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent."""
+    if INTERPRETED:
+        e = tl.exp(tl.minimum(tl.maximum(x, -20.0), 20.0).to(tl.float64) * 2.0)
+        return ((e - 1.0) / (e + 1.0)).to(tl.float32)
+    else:
+        return libdevice.tanh(x)
+
+
+@triton.jit
+def erf(x):
+    """Error function."""
+    if INTERPRETED:
+        return tl.erf(x)
+    else:
+        return libdevice.erf(x)
+
+
+@triton.jit
+def inverse_sqrt(x):
+    """``1 / sqrt(x)``, both steps correctly rounded, as on a CPU."""
+    return inverse(tl.sqrt_rn(x))
+
+
+@triton.jit
+def _gated(x, exponent):
+    """``x / (1 + e^exponent)``, the quotient to two units in the last place, and zero where the divisor is huge."""
+    divisor = 1.0 + exp(exponent)
+    if INTERPRETED:
+        return x / divisor
+    else:
+        return libdevice.fast_dividef(x, divisor)
+
+
+@triton.jit
+def function(x, NAME: tl.constexpr):
+    """The function of an HG neuron, by its name in :data:`spikeform.neurons.functions.FUNCTIONS`, of fp32 ``x``."""
+    if NAME == "exp":
+        return exp(x)
+    elif NAME == "reciprocal":
+        return inverse(x)
+    elif NAME == "square":
+        return x * x
+    elif NAME == "inverse_sqrt":
+        return inverse_sqrt(x)
+    elif NAME == "gelu":
+        return x * 0.5 * (1.0 + erf(x * HALF_ROOT))
+    elif NAME == "gelu_tanh":
+        return 0.5 * x * (1.0 + tanh(GELU_BETA * (x + GELU_KAPPA * (x * x * x))))
+    elif NAME == "gelu_quick":
+        return _gated(x, -1.702 * x)
+    elif NAME == "silu":
+        return _gated(x, x * -1.0)
+    elif NAME == "relu":
+        return tl.maximum(x, 0.0)
+    else:
+        tl.static_assert(NAME == "tanh", "no function of that name")
+        return tanh(x)
+
+
+@triton.jit
+def gif_unit(low, high, levels, steps):
+    """Common unit of a row of GIF neurons: signed, unified, one range of the token for all its channels.
+
+    Args:
+        low: Smallest element of the row, and at most 0; fp32.
+        high: Largest element of the row, and at least 0.
+        levels: L.
+        steps: T of the longest sub-neuron, a power of two.
+    """
+    unit = tl.div_rn(high - low, levels * 1.0)
+    unit = tl.minimum(tl.maximum(unit, LEAST_UNIT), LARGEST_UNIT)
+    return tl.div_rn(unit, steps * 1.0)
+
+
+@triton.jit
+def gif_integer(v, low, unit, multiple, levels, steps):
+    """Integers of GIF neurons in the common unit of their row: integer-valued fp32.
+
+    Args:
+        v: fp32 ``[..., K]``.
+        low: As :func:`gif_unit` takes it; it and ``unit`` broadcast to ``v``.
+        unit: The common unit.
+        multiple: What a channel's unit is in common units, fp32, a power of two: ``steps / T``. Broadcasts to ``v``.
+        levels: L.
+        steps: As above.
+    """
+    inverse_unit = inverse(unit)
+    # A channel of T steps has codes up to T L, each worth ``multiple``: ``peak`` in common units, whatever T is. And
+    # rounding to a multiple of a power of two is :func:`round_even` with as many times the constant.
+    peak = levels * steps * 1.0
+    whole = multiple * WHOLE
+    least = tl.maximum((quotient(low, unit, inverse_unit) + whole) - whole, peak * -1.0)  # minus the zero-point
+    code = (quotient(v, unit, inverse_unit) + whole) - whole
+    return tl.minimum(tl.maximum(code, least), peak + least)
+
+
+@triton.jit
+def inverse_power(multiple):
+    """``1 / multiple`` of a power of two, fp32: its exponent with the sign turned. Own codes are integers times it."""
+    return (0x7F000000 - multiple.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_integer(code, dtype: tl.constexpr):
+    """Integer-valued fp32 below 2^22 in magnitude as int8, int16 or int32: an addition, not a slow conversion."""
+    return ((code + WHOLE).to(tl.int32, bitcast=True) - WHOLE_BITS).to(dtype)

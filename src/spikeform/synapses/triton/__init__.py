@@ -1,0 +1,1 @@
+"""Fused kernels of synapses. Imported only where they run; they need triton."""

@@ -1,0 +1,253 @@
+"""CUDA kernels of :mod:`spikeform.synapses.fused`: which kernel runs a product.
+
+A single row streams the weights through a matrix-vector kernel with the neuron inside; up to 64 put planes or limbs
+of the codes through tensor cores, split along K; more rows are one product of matrices.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spikeform.neurons.triton.gif import gif_integers
+from spikeform.neurons.triton.oat import oat_values
+from spikeform.synapses.fused import EVENT_ROWS
+from spikeform.synapses.triton import shapes
+from spikeform.synapses.triton.encode import oat_limbs, oat_planes
+from spikeform.synapses.triton.event import event
+from spikeform.synapses.triton.finish import finish_limbs, finish_real, finish_rows
+from spikeform.synapses.triton.gemm import gemm
+from spikeform.synapses.triton.gemv import gif_gemv, oat_gemv, oat_int_gemv
+from spikeform.synapses.triton.launch import cdiv, meta, next_power
+from spikeform.synapses.triton.skinny import sums
+
+STREAMED, SKINNY = 1, 64  # most rows of a matrix-vector kernel, and of a skinny product
+BLAS = 17  # least rows whose values, where one plane carries them, go to the library
+LIMB_ROWS = 128  # most rows of limbs of a skinny product
+LARGEST_BATCH = 8192  # rows whose limbs, and integer sums, are in memory at once
+LARGEST_ROW = 4096  # channels that the search for a row's range takes in one bite
+
+
+def oat_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    shift: Tensor | None,
+    limit: int,
+    resolution: int,
+    rounding: int,
+    single: bool,
+) -> Tensor:
+    """See :mod:`spikeform.synapses.fused`."""
+    x, weight = x.contiguous(), weight.contiguous()
+    out, rows = _out(x, weight)
+    if not rows:
+        return out
+    with torch.cuda.device_of(x):
+        if rows <= STREAMED:
+            _oat_strip(x, weight, bias, threshold, shift, limit, resolution, rounding, out)
+        elif weight.dtype != torch.bfloat16 or (single and rows >= BLAS):
+            narrow = weight.dtype == x.dtype and (single or x.dtype == torch.float32)
+            values = oat_values(x, threshold, shift, limit, resolution, rounding, narrow)
+            bias = None if bias is None else bias.to(weight.dtype)
+            return F.linear(values.to(weight.dtype), weight, bias).to(x.dtype)
+        else:
+            _oat_planes(x, weight, bias, threshold, shift, limit, resolution, rounding, single, out)
+    return out
+
+
+def _oat_strip(x, weight, bias, threshold, shift, limit, resolution, rounding, out) -> None:
+    (columns, inner), rows = weight.shape, x.numel() // x.shape[-1]
+    cut = shapes.oat_strip(rows, columns, inner)
+    oat_gemv[(cdiv(columns, cut.n),)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        threshold,
+        x if shift is None else shift,
+        out,
+        columns,
+        inner,
+        limit,
+        resolution,
+        **meta(
+            ROWS=rows,
+            TWO=threshold.numel() == 2,
+            ROUNDING=rounding,
+            SHIFTED=shift is not None,
+            BIAS=bias is not None,
+            EVEN=inner % cut.k == 0,
+            BLOCK_N=cut.n,
+            BLOCK_K=cut.k,
+            STAGES=cut.stages,
+            AHEAD=_ahead(cut, weight),
+            num_warps=cut.warps,
+        ),
+    )
+
+
+def _oat_planes(x, weight, bias, threshold, shift, limit, resolution, rounding, single, out) -> None:
+    (columns, inner), rows = weight.shape, x.numel() // x.shape[-1]
+    if single:
+        values = oat_values(x, threshold, shift, limit, resolution, rounding, True)
+        planes = values.to(torch.bfloat16).view(1, rows, inner)
+    else:
+        planes = oat_planes(x, threshold, shift, limit, resolution, rounding)
+    if rows <= SKINNY:
+        partial = sums(planes, weight, None, shapes.skinny_shape(rows, columns, inner, "bf16"))
+        finish_real(partial, None, bias, out)
+    else:
+        gemm(planes, weight, None, None, bias, out, shapes.real_tile(rows))
+
+
+def oat_linear_int(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    limit: int,
+    resolution: int,
+    rounding: int,
+) -> Tensor:
+    """See :mod:`spikeform.synapses.fused`; exact up to 131071 channels, whose limbs' sums int32 holds."""
+    x, weight = x.contiguous(), weight.contiguous()
+    out, rows = _out(x, weight)
+    (columns, inner), limbs = weight.shape, 1 if limit <= 127 else 2 if limit <= 32767 else 3
+    if not rows:
+        return out
+    with torch.cuda.device_of(x):
+        if rows == 1 and inner % 4 == 0:
+            cut = shapes.oat_int_strip(columns, inner)
+            oat_int_gemv[(cdiv(columns, cut.n),)](
+                x,
+                weight.view(torch.int32),
+                scale,
+                scale if bias is None else bias,
+                threshold,
+                out,
+                columns,
+                inner,
+                limit,
+                resolution,
+                **meta(
+                    TWO=threshold.numel() == 2,
+                    ROUNDING=rounding,
+                    LIMBS=limbs,
+                    BIAS=bias is not None,
+                    BLOCK_N=cut.n,
+                    BLOCK_K=cut.k,
+                    STAGES=cut.stages,
+                    AHEAD=_ahead(cut, weight),
+                    num_warps=cut.warps,
+                    enable_fp_fusion=False,
+                ),
+            )
+            return out
+        flat = out.view(rows, columns)
+        for start in range(0, rows, LARGEST_BATCH):
+            some = x.view(rows, inner)[start : start + LARGEST_BATCH]
+            planes = oat_limbs(some, threshold, limit, resolution, rounding).view(-1, inner)
+            partial = _int_sums(planes, weight)
+            finish_limbs(partial, scale, threshold, resolution, bias, flat[start : start + LARGEST_BATCH])
+    return out
+
+
+def _int_sums(codes: Tensor, weight: Tensor) -> Tensor:
+    """int32 ``[S, M, N]`` of int8 codes ``[M, K]``."""
+    columns, inner = weight.shape
+    if codes.shape[0] <= LIMB_ROWS:
+        return sums(codes, weight, None, shapes.skinny_shape(codes.shape[0], columns, inner, "int8"))
+    out = torch.empty((codes.shape[0], columns), dtype=torch.int32, device=codes.device)
+    gemm(codes, weight, None, None, None, out, shapes.int_tile(codes.shape[0]))
+    return out[None]
+
+
+def gif_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    packed: Tensor | None,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    top: Tensor,
+    multiple: Tensor,
+    levels: int,
+    steps: int,
+) -> Tensor:
+    """See :mod:`spikeform.synapses.fused`."""
+    x = x.contiguous()
+    out, rows = _out(x, weight)
+    columns, inner = weight.shape
+    if not rows:
+        return out
+    with torch.cuda.device_of(x):
+        if rows <= STREAMED and inner % 4 == 0:
+            _gif_strip(x, weight if packed is None else packed, scale, zero, bias, multiple, levels, steps, out)
+            return out
+        codes, unit = gif_integers(x, top, multiple, levels, steps)
+        codes, unit, flat = codes.view(rows, inner), unit.view(rows), out.view(rows, columns)
+        if rows <= SKINNY:
+            small = weight.contiguous() if packed is None else packed.contiguous()
+            shape = shapes.skinny_shape(rows, columns, inner, "int8" if packed is None else "int4")
+            finish_rows(sums(codes, small, zero, shape), scale, unit, bias, flat)
+        else:
+            gemm(codes, weight.contiguous(), scale, unit, bias, flat, shapes.int_tile(rows))
+    return out
+
+
+def _gif_strip(x, weight, scale, zero, bias, multiple, levels, steps, out) -> None:
+    columns, inner, rows = weight.shape[0], x.shape[-1], x.numel() // x.shape[-1]
+    packed = weight.dtype == torch.uint8
+    cut = shapes.gif_strip(rows, columns, inner, packed)
+    gif_gemv[(cdiv(columns, cut.n),)](
+        x,
+        weight.contiguous().view(torch.int32),
+        scale,
+        scale if zero is None else zero,
+        scale if bias is None else bias,
+        multiple,
+        out,
+        columns,
+        inner,
+        levels,
+        steps,
+        **meta(
+            ROWS=rows,
+            STEPPED=steps > 1,
+            PACKED=packed,
+            BIAS=bias is not None,
+            CHUNK=min(next_power(inner), LARGEST_ROW),
+            BLOCK_N=cut.n,
+            BLOCK_K=cut.k,
+            STAGES=cut.stages,
+            AHEAD=_ahead(cut, weight),
+            num_warps=cut.warps,
+            enable_fp_fusion=False,
+        ),
+    )
+
+
+def event_product(values: Tensor, rows: Tensor, scale: Tensor | None, width: int) -> Tensor:
+    """See :mod:`spikeform.synapses.fused`; more than four rows go four by four."""
+    values, rows = values.contiguous(), rows.contiguous()
+    flat = values.view(-1, values.shape[-1])
+    out = torch.empty((flat.shape[0], width), dtype=torch.float32, device=values.device)
+    with torch.cuda.device_of(values):
+        cut = shapes.event_share(rows.shape[1], rows.shape[0])
+        for start in range(0, flat.shape[0], EVENT_ROWS):
+            event(flat[start : start + EVENT_ROWS], rows, scale, out[start : start + EVENT_ROWS], cut)
+    return out.view(*values.shape[:-1], width)
+
+
+def _out(x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
+    """Room for ``[..., N]``, and how many rows that is."""
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.numel() // max(x.shape[-1], 1)
+
+
+def _ahead(cut: shapes.Strip, weight: Tensor) -> bool:
+    """Whether rows of the weight can be, and are to be, asked for before the neuron fires."""
+    bytes_ = weight.shape[-1] * weight.element_size()
+    return cut.ahead and bytes_ % 256 == 0 and weight.data_ptr() % 16 == 0

@@ -1,0 +1,95 @@
+"""How each product is cut, by its shape: small tables, no search at run time.
+
+The figures come from ``benchmarks/gpu_products.py``, which searches and prints the best.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from spikeform.synapses.triton.event import Share
+from spikeform.synapses.triton.gemm import Tile
+from spikeform.synapses.triton.skinny import Shape
+
+MULTIPROCESSORS = 132  # of the card that the tables were made on
+
+
+class Strip(NamedTuple):
+    """How a product of a few rows is cut.
+
+    Attributes:
+        n: Output features of a program.
+        k: Elements (of packed or int8 weights: words of four bytes) of a step.
+        warps: Warps of a program.
+        stages: Steps in flight.
+        ahead: Ask for all rows of a program at its start.
+    """
+
+    n: int
+    k: int
+    warps: int
+    stages: int
+    ahead: bool = False
+
+
+LARGE = 2**25  # elements of a weight from which on a product has programs enough in any cut
+
+
+def oat_strip(rows: int, columns: int, inner: int) -> Strip:
+    """Real weights, few rows."""
+    if rows > 1:
+        return Strip(16, 256, 8, 4)
+    if columns * inner < LARGE:
+        return Strip(8, 512, 4, 4)
+    if columns >= 2**14:
+        return Strip(4, 1024, 4, 3) if columns >= 2**15 - 2**10 else Strip(16, 512, 4, 4)
+    return Strip(32, 256, 8, 4) if columns > inner else Strip(16, 512, 4, 4)
+
+
+def oat_int_strip(columns: int, inner: int) -> Strip:
+    """int8 weights, one row of limbs."""
+    if columns * inner < LARGE:
+        return Strip(16, 256, 8, 1)
+    return Strip(16, 128, 4, 4) if columns > inner else Strip(8, 256, 4, 4)
+
+
+def gif_strip(rows: int, columns: int, inner: int, packed: bool) -> Strip:
+    """int8 or packed weights, few rows of integers."""
+    if rows > 1:
+        return Strip(8, 128, 4, 1)
+    if not packed:
+        return Strip(16 if columns > inner else 8, 256, 8, 1)
+    if columns * inner < LARGE:
+        return Strip(16, 256, 8, 1)
+    return Strip(16, 128, 4, 1) if columns > inner else Strip(32, 256, 8, 1)
+
+
+def skinny_shape(rows: int, columns: int, inner: int, element: str) -> Shape:
+    """Up to 128 rows; ``element``: ``bf16``, ``int8`` or ``int4``."""
+    wide, splits = columns >= 2**14, 2 if columns <= inner else 1
+    if element == "int4":
+        shape = Shape(128 if columns > 2**13 else 64, 256, 1 if wide else 4, 4, 3)
+    elif element == "int8":
+        shape = Shape(64, 128 if wide else 256, splits, 4, 4)
+    elif wide:
+        shape = Shape(128, 64, 1, 4, 4)
+    else:
+        shape = Shape(64, 128, splits, 4, 5 if rows <= 16 else 3)  # more stages of more rows: too much shared memory
+    return shape._replace(splits=max(1, min(shape.splits, inner // 512)))
+
+
+def real_tile(rows: int) -> Tile:
+    """Two bf16 planes, many rows."""
+    if rows <= 64:
+        return Tile(64, 128, 64, 4, 4)
+    return Tile(128, 128, 64, 8, 3) if rows <= 1024 else Tile(128, 256, 64, 8, 3)
+
+
+def int_tile(rows: int) -> Tile:
+    """int8, many rows."""
+    return Tile(128, 128, 128, 4, 3) if rows > 64 else Tile(64, 128, 128, 4, 4)
+
+
+def event_share(columns: int, inner: int) -> Share:
+    """Columns are stored ones: bytes of packed rows."""
+    return Share(min(512, max(64, 1 << (columns - 1).bit_length())), 256, 8, 4)

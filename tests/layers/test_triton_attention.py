@@ -1,0 +1,223 @@
+"""Fused attention against SpikingAttention in PyTorch.
+
+Without a CUDA device the same tests run on Triton's interpreter, in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from spikeform.layers import SpikingAttention
+from spikeform.neurons import GIF, MT, OAT, Dynamic, FixedPointHG
+from spikeform.neurons.oat import ROUNDINGS
+from spikeform.spikes import Radix2
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+fused = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="runs on a CUDA device, or in the interpreter's process"
+)
+
+
+@pytest.fixture(autouse=True)
+def scalars_as_bounds(monkeypatch):
+    """The interpreter keeps scalars as arrays of one element, which new versions of numpy do not take for integers."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+class Case:
+    """Random queries, keys and values of a batch of two, of which the first is padded on the left."""
+
+    def __init__(self, length, keys, size, heads=4, groups=2, dtype=torch.float32, padding=5, per_head=False):
+        generator = torch.Generator().manual_seed(length * 1000 + keys + size)
+        self.generator, self.scaling = generator, size**-0.5
+
+        def random(*shape):
+            return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+        # As a model has them: heads split off a projection, keys in a longer cache.
+        self.q = (2 * random(2, length, heads, size)).transpose(1, 2)
+        self.k, self.v = random(2, groups, keys, size), random(2, groups, keys, size)
+        self.size, self.groups, self.keys = size, groups, keys
+        least = torch.finfo(dtype).min
+        self.mask = None
+        if padding is not None:
+            late = torch.arange(keys)[None] > torch.arange(length)[:, None] + keys - length
+            mask = torch.zeros(2, heads if per_head else 1, length, keys + 3)
+            mask[..., :keys].masked_fill_(late, least)
+            mask[..., keys:] = least
+            mask[0, ..., :padding] = least
+            if per_head:  # a bias of each head
+                mask[..., :keys] += torch.randn(mask[..., :keys].shape, generator=generator).clamp(min=-2)
+                mask.clamp_(min=least)
+            self.mask = mask.to(DEVICE, dtype)
+
+    def cached(self, spiking):
+        """Keys and values as they lie in a cache that is longer than what is used of it."""
+        k, v = spiking.encode(self.k, self.v)
+        packed = (spiking.key.pack(k), spiking.value.pack(v))
+        room = [x.new_zeros(x.shape[0], x.shape[1], x.shape[2] + 4, x.shape[3]) for x in packed]
+        for wide, x in zip(room, packed, strict=True):
+            wide[:, :, : self.keys] = x
+        return [wide[:, :, : self.keys] for wide in room]
+
+    def reference(self, spiking, k, v):
+        spiking._fused = lambda *_: None
+        return spiking(self.q, k, v, self.mask, self.scaling)
+
+
+def oat_layer(two, rounding, steps, bits, powers=False):
+    coding = Radix2(steps)
+
+    def neuron(normal, outlier):
+        return (OAT if two else MT)(coding, (normal, outlier) if two else (outlier,), rounding).to(DEVICE)
+
+    pairs = [(1.0, 4.0), (0.5, 2.0), (1.0, 4.0)] if powers else [(1.1, 5.3), (0.7, 3.1), (1.3, 3.7)]
+    hg = [FixedPointHG(name, Radix2(bits), rounding) if bits else None for name in ("exp", "reciprocal")]
+    return SpikingAttention(*(neuron(*pair) for pair in pairs), neuron(0.3, 1.01), *hg)
+
+
+def run_oat(spiking, case, k, v):
+    from spikeform.layers.triton.attention import oat_attention
+
+    neurons = spiking.query, spiking.key, spiking.value, spiking.probability
+    coding, rounding = spiking.query.coding, ROUNDINGS.index(spiking.query.rounding)
+    bank = (0, True, 0, 0)
+    if spiking.exp is not None:
+        bank = (spiking.exp.coding.steps, spiking.exp.rounding == "nearest", spiking.exp.low, spiking.exp.high)
+    thresholds = [neuron.threshold for neuron in neurons]
+    limits = coding.limit, coding.limit, coding.resolution, rounding
+    return oat_attention(case.q, k, v, case.mask, case.scaling, *thresholds, *limits, *bank)
+
+
+def agrees(mine, expected, unit, v):
+    """To the fp32 rounding, but where a probability lies at the edge of two codes: that moves it by a unit."""
+    assert mine.shape == expected.shape
+    assert mine.dtype == expected.dtype
+    most = float(v.float().abs().max())
+    error, step = (mine.float() - expected.float()).abs(), float(expected.float().abs().max()) * 2**-20
+    if mine.dtype == torch.bfloat16:
+        step = float(expected.float().abs().max()) * 2**-8
+    assert float(error.max()) <= 2 * unit * most + step
+    assert float(error.mean()) <= 0.2 * unit * most + step
+    assert bool(mine.any())
+
+
+@needs_triton
+@fused
+@pytest.mark.parametrize(
+    ("length", "keys", "size", "two", "rounding", "steps", "bits"),
+    [
+        (1, 40, 16, True, "nearest", 8, 8),
+        (1, 33, 24, False, "nearest", 16, 16),
+        (3, 21, 32, True, "floor", 4, 4),
+        (3, 40, 16, True, "strict", 8, 0),
+        (17, 40, 16, True, "nearest", 8, 8),
+        (17, 17, 24, False, "nearest", 8, 8),
+        (17, 20, 32, True, "floor", 16, 16),
+        (17, 40, 16, False, "strict", 4, 0),
+    ],
+)
+def test_multi_threshold(length, keys, size, two, rounding, steps, bits):
+    case, spiking = Case(length, keys, size), oat_layer(two, rounding, steps, bits)
+    k, v = case.cached(spiking)
+    expected = case.reference(spiking, k, v)
+    agrees(run_oat(spiking, case, k, v), expected, float(spiking.probability.quantum().max()), case.v)
+
+
+@needs_triton
+@fused
+@pytest.mark.parametrize("length", [1, 17])
+@pytest.mark.parametrize("padding", [None, 20])
+def test_bf16_powers_of_two_and_other_masks(length, padding):
+    # with a padding of 20 the first sequence's first queries see no key
+    case = Case(length, 24, 16, heads=2, dtype=torch.bfloat16, padding=padding, per_head=True)
+    spiking = oat_layer(True, "nearest", 8, 8, powers=True)
+    k, v = case.cached(spiking)
+    mine, expected = run_oat(spiking, case, k, v), case.reference(spiking, k, v)
+    agrees(mine, expected, float(spiking.probability.quantum().max()), case.v)
+    if padding and length > 1:
+        assert not bool(mine[0, : 20 - (24 - length)].any())
+
+
+def gif_layer(case, steps, signs):
+    def neuron(channels, steps):
+        gif = GIF(4, channels, steps=steps)
+        exponents = torch.randint(0, steps.bit_length(), channels, generator=case.generator)
+        gif.set_times(2**exponents)
+        return gif.to(DEVICE)
+
+    channels = (case.groups, 1, case.size)
+    spiking = SpikingAttention(
+        neuron((case.size,), 1 if signs else steps), neuron(channels, steps), neuron(channels, steps), Dynamic(),
+        None, None,
+    )  # fmt: skip
+    if signs:
+        spiking.signs = (torch.randint(0, 2, (case.size,), generator=case.generator) * 2 - 1).to(DEVICE, torch.int8)
+    return spiking
+
+
+def run_gif(spiking, case, k, v):
+    from spikeform.layers.triton.attention import gif_attention
+
+    neurons = spiking.query, spiking.key, spiking.value
+    tables = [x for n in neurons for x in (n.tables().top, n.tables().multiple, n.steps)]
+    last = spiking.query.levels, spiking.probability.coding.limit
+    return gif_attention(case.q, k, v, case.mask, case.scaling, spiking.signs, *tables, *last)
+
+
+@needs_triton
+@fused
+@pytest.mark.parametrize(
+    ("length", "keys", "size", "steps", "signs", "padding"),
+    [(1, 40, 16, 2, True, 5), (1, 21, 32, 1, False, None), (3, 33, 24, 2, True, 5), (17, 40, 16, 2, False, 30),
+     (17, 20, 24, 1, True, None)],
+)  # fmt: skip
+def test_gif(length, keys, size, steps, signs, padding):
+    case = Case(length, keys, size, padding=padding)
+    spiking = gif_layer(case, steps, signs)
+    k, v = case.cached(spiking)
+    expected = case.reference(spiking, k, v)
+    agrees(run_gif(spiking, case, k, v), expected, 1 / spiking.probability.coding.limit, case.v)
+
+
+@needs_triton
+@fused
+def test_many_heads_share_keys_and_hidden_blocks_are_skipped():
+    for heads, groups, length in ((17, 1, 1), (3, 1, 2)):
+        case = Case(length, 150, 16, heads=heads, groups=groups, padding=140)
+        spiking = oat_layer(True, "nearest", 8, 8)
+        k, v = case.cached(spiking)
+        unit = float(spiking.probability.quantum().max())
+        agrees(run_oat(spiking, case, k, v), case.reference(spiking, k, v), unit, case.v)
+        spiking = gif_layer(case, 2, False)
+        k, v = case.cached(spiking)
+        agrees(run_gif(spiking, case, k, v), case.reference(spiking, k, v), 1 / 65535, case.v)
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="this is the test that starts the interpreter's process")
+def test_on_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
