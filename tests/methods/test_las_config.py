@@ -51,6 +51,11 @@ BAD = [
     ("skip", None),
     ("skip", 5),
     ("skip", ("a", 1)),
+    ("units", "powers"),
+    ("units", None),
+    ("weight_bits", 4),
+    ("weight_bits", 8.0),
+    ("weight_bits", "8"),
     ("thresholds", []),
     ("thresholds", {"linear": (1.0,)}),
     ("thresholds", {"linear": 1.0}),
@@ -81,6 +86,7 @@ GOOD = [
     LAS(),
     LAS(steps=1, coding="multi_threshold", levels=4, rounding="strict", outlier=False, threshold="quantile"),
     LAS(skip=("a*", "b"), thresholds={"query": (1.0, 2.5), "*.key": (0.5, 1)}, per_channel=True, lm_head=True),
+    LAS(units="power_of_two", weight_bits=8, coding="signed_digit", thresholds={"query": (0.5, 4), "norm": (0.3, 1)}),
 ]
 
 

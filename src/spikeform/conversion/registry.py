@@ -32,6 +32,7 @@ class Method:
         calibrate: ``(model, batches, config, workdir, progress) -> facts``: finds what the model needs from token ids,
             in place of the histograms, ``given`` and ``fit``. The facts, JSON-able, go into the report beside the
             data's. None: histograms.
+        finish: ``(model, config, report)``: what is left to do once thresholds are set and channel shifts folded.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Method:
     skeleton: Callable[[PreTrainedModel, Any], ConversionReport] | None = None
     reshape: Callable[[PreTrainedModel, Any, list], None] | None = None
     calibrate: Callable[..., dict[str, Any]] | None = None
+    finish: Callable[[PreTrainedModel, Any, ConversionReport], None] | None = None
 
 
 _METHODS: dict[type, Method] = {}

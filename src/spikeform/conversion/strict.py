@@ -11,6 +11,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from spikeform.errors import DamagedCheckpointError
 from spikeform.layers import CodedLinear, SpikingAttention, SpikingLinear
 from spikeform.neurons import MT, Neuron, StreamingNeuron, ThresholdNeuron
+from spikeform.neurons.oat import powers_of_two
 
 
 def refuse(problems: list[str]) -> None:
@@ -71,12 +72,12 @@ def _saved_shape(name: str, model: PreTrainedModel, tensor: Tensor, tied: set[st
 def settle(name: str, module: nn.Module, model: PreTrainedModel, trainable: bool) -> list[str]:
     """Check one module's loaded tensors; give spiking weights their working shape."""
     problems = []
+    if isinstance(module, SpikingLinear) and isinstance(module.neuron, MT):
+        module.neuron.folded = module.neuron.channel_shift is not None  # written folded
     if isinstance(module, CodedLinear):
         problems += [f"{name}.{problem}" for problem in module.load_packed()]
     elif isinstance(module, SpikingLinear):
         weight = module.weight
-        if isinstance(module.neuron, MT):
-            module.neuron.folded = module.neuron.channel_shift is not None  # written folded
         wanted = (module.out_features, module.in_features)
         tied = f"{name}.weight" in (getattr(model, "all_tied_weights_keys", None) or {})
         if tuple(weight.shape) == (1, *wanted):
@@ -99,6 +100,8 @@ def settle(name: str, module: nn.Module, model: PreTrainedModel, trainable: bool
             problems.append(f"{name}.threshold is missing, not finite or not positive")
         else:
             problems += [f"{name}.{key} is missing or out of range" for key in _unsound(module)]
+    elif isinstance(module, MT) and module.power_of_two and not powers_of_two(module.threshold):
+        problems.append(f"{name}.threshold is not made of powers of two: {module.threshold.tolist()}")
     if isinstance(module, SpikingAttention) and module.signs is not None and not bool((module.signs.abs() == 1).all()):
         problems.append(f"{name}.signs are not all 1 or -1")
     return problems

@@ -54,6 +54,8 @@ def transform(
             module.fold()
         if isinstance(module, MT):
             module.settle()
+    if method.finish is not None:
+        method.finish(model, config, report)
     return report
 
 

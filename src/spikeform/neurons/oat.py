@@ -9,9 +9,15 @@ inputs below ``theta_normal`` go to one of that threshold, the others to one of 
 with ``resolution`` and ``limit`` of the coding (2^T and 2^T - 1 for radix-2). Three roundings:
 ``nearest`` (ties to even; an initial membrane potential of half a unit), ``floor`` (the paper's ``>=``),
 ``strict`` (the released code's ``>``: an exact multiple k codes as k - 1).
+
+With thresholds that are powers of two, a code of an input of s significant bits has at most s of them too: whatever
+is sent for a bf16 input (8 bits) is one bf16 number, however many steps there are. So that the saturated code is one
+as well, ``limit`` is then the largest code of 8 significant bits.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,18 +27,43 @@ from spikeform.spikes import Coding, SpikeTrain, power_of_two
 from spikeform.spikes.trace import Firing, observer
 
 ROUNDINGS = ("nearest", "floor", "strict")
+BF16_BITS = 8  # significant bits of a bf16 number, the leading one included
 
 
-def round_codes(scaled: Tensor, coding: Coding, rounding: str) -> Tensor:
+class OatForm(NamedTuple):
+    """An MT or OAT population as kernels take it: see :mod:`spikeform.neurons.fused`.
+
+    Attributes:
+        threshold: fp32 ``[R]``.
+        shift: int8 ``[C]``, folded into the following weights, or None.
+        limit: Largest magnitude of a code.
+        resolution: Code units in one threshold.
+        rounding: Index in :data:`ROUNDINGS`.
+    """
+
+    threshold: Tensor
+    shift: Tensor | None
+    limit: int
+    resolution: int
+    rounding: int
+
+
+def powers_of_two(values: Tensor) -> bool:
+    """Whether every value is a power of two."""
+    return bool((values.frexp().mantissa == 0.5).all())
+
+
+def round_codes(scaled: Tensor, coding: Coding, rounding: str, limit: int) -> Tensor:
     """Integer codes of inputs in code units.
 
     Args:
         scaled: Signed input over unit, ``[...]``.
-        coding: Gives the limit, and the representable codes.
+        coding: Gives the representable codes.
         rounding: ``nearest``, ``floor`` or ``strict``.
+        limit: Where codes saturate; at most ``coding.limit``.
 
     Returns:
-        Integer-valued tensor of the dtype of ``scaled``, magnitudes at most ``coding.limit``.
+        Integer-valued tensor of the dtype of ``scaled``, magnitudes at most ``limit``.
     """
     if rounding == "nearest":
         codes = scaled.round()
@@ -40,7 +71,7 @@ def round_codes(scaled: Tensor, coding: Coding, rounding: str) -> Tensor:
         codes = scaled.trunc()
     else:
         codes = (scaled.abs().ceil() - 1).clamp_(min=0) * scaled.sign()
-    codes = codes.clamp_(-coding.limit, coding.limit)
+    codes = codes.clamp_(-limit, limit)
     return codes if coding.dense else coding.nearest_code(codes.abs()) * codes.sign()
 
 
@@ -52,6 +83,11 @@ class MT(ThresholdNeuron):
         threshold: Largest magnitude it carries, or None until calibrated.
         rounding: ``nearest``, ``floor`` or ``strict``.
         site: The qualified name under which its firing is reported.
+        power_of_two: Thresholds are powers of two, and codes saturate at the largest one of 8 significant bits.
+
+    Raises:
+        ValueError: The rounding is none of these, a threshold is unsound, or ``power_of_two`` meets a coding in which
+            some integers have no code.
 
     Attributes:
         threshold: fp32 ``[R]``, R = 1 (MT) or 2 (OAT: normal, outlier). NaN until calibrated.
@@ -69,13 +105,21 @@ class MT(ThresholdNeuron):
     channel_weight: Tensor | None
 
     def __init__(
-        self, coding: Coding, threshold: tuple[float, ...] | None = None, rounding: str = "nearest", site: str = ""
+        self,
+        coding: Coding,
+        threshold: tuple[float, ...] | None = None,
+        rounding: str = "nearest",
+        site: str = "",
+        power_of_two: bool = False,
     ) -> None:
         super().__init__(site)
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
-        self.coding, self.rounding, self.folded = coding, rounding, False
+        if power_of_two and not coding.dense:
+            raise ValueError(f"thresholds that are powers of two need a code for every integer, and {coding} has gaps")
+        self.coding, self.rounding, self.folded, self.power_of_two = coding, rounding, False, power_of_two
         self.role, self.channel_weight, self.balance_channels = "", None, False
+        self._form: OatForm | None = None
         self.register_buffer("threshold", torch.full((self.populations,), float("nan"), dtype=torch.float32))
         self.register_buffer("channel_shift", None)
         if threshold is not None:
@@ -85,7 +129,8 @@ class MT(ThresholdNeuron):
         """Set the thresholds, smallest first.
 
         Raises:
-            ValueError: Wrong number of them, or they are not finite, positive and strictly increasing.
+            ValueError: Wrong number of them; or they are not finite, positive and strictly increasing; or not powers
+                of two where they must be.
         """
         values = torch.as_tensor(threshold, dtype=torch.float32).reshape(-1)
         rising = bool((values[1:] > values[:-1]).all())
@@ -94,7 +139,40 @@ class MT(ThresholdNeuron):
                 f"{self.site or type(self).__name__}: needs {self.populations} finite positive thresholds, rising, "
                 f"got {values.tolist()}"
             )
+        if self.power_of_two and not powers_of_two(values):
+            raise ValueError(
+                f"{self.site or type(self).__name__}: its thresholds must be powers of two, got {values.tolist()}"
+            )
         self.threshold = values.to(self.threshold.device)
+
+    @property
+    def limit(self) -> int:
+        """Largest magnitude of a code that it sends."""
+        limit = self.coding.limit
+        return limit & -(1 << max(limit.bit_length() - BF16_BITS, 0)) if self.power_of_two else limit
+
+    def single(self, dtype: torch.dtype) -> bool:
+        """Whether what it sends for any input of ``dtype`` is, element by element, a number of that dtype.
+
+        ``strict`` sends k - 1 for an exact multiple k, which may have more significant bits than k.
+        """
+        if dtype != torch.bfloat16:
+            return dtype in (torch.float32, torch.float64)  # what it is decoded in
+        return self.power_of_two and (self.rounding != "strict" or self.limit < 1 << BF16_BITS)
+
+    def closed_form(self) -> OatForm | None:
+        """Its parameters as kernels take them; no device is waited for.
+
+        None where no kernel sends the same: a coding with gaps, or channel shifts that the weights do not carry.
+        """
+        if not self.coding.dense or (self.channel_shift is not None and not self.folded):
+            return None
+        form = self._form  # kept until a threshold changes: one is made for each token otherwise
+        if form is None or form.threshold is not self.threshold or form.shift is not self.channel_shift:
+            rounding = ROUNDINGS.index(self.rounding)
+            form = OatForm(self.threshold, self.channel_shift, self.limit, self.coding.resolution, rounding)
+            self._form = form
+        return form
 
     @property
     def calibrated(self) -> bool:
@@ -138,7 +216,7 @@ class MT(ThresholdNeuron):
         if record is not None and not self.calibrated:
             return SpikeTrain(v, v.new_ones(1), self.coding)
         branch, unit = self.gate(v)
-        codes = round_codes(v / unit, self.coding, self.rounding)
+        codes = round_codes(v / unit, self.coding, self.rounding, self.limit)
         shifted = self.channel_shift is not None and not self.folded
         train = SpikeTrain(codes, self.quantum().to(v.dtype), self.coding, branch, None if shifted else unit)
         listener = observer()
@@ -161,7 +239,9 @@ class MT(ThresholdNeuron):
     def extra_repr(self) -> str:
         """Coding, rounding and thresholds."""
         shift = "" if self.channel_shift is None else ", per channel"
-        return f"{self.coding}, {self.rounding}, threshold={[round(t, 6) for t in self.threshold.tolist()]}{shift}"
+        units = ", powers of two" if self.power_of_two else ""
+        thresholds = [round(t, 6) for t in self.threshold.tolist()]
+        return f"{self.coding}, {self.rounding}, threshold={thresholds}{units}{shift}"
 
 
 class OAT(MT):

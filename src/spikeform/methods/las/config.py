@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import frexp
 from typing import Any, ClassVar
 
 from spikeform.conversion.config import MethodConfig, choice, is_real
@@ -13,6 +14,13 @@ from spikeform.spikes.codings import check_steps
 
 CODINGS = ("radix2", "signed_digit", "multi_threshold")
 ROLES = ("linear", "query", "key", "value", "probability", "norm", "up", "act", "lm_head")
+MULTIPLIED = ("linear", "lm_head", "query", "key", "value")  # operands of matrix products, which ``units`` is about
+
+
+def check_powers_of_two(name: str, values: tuple[float, ...]) -> None:
+    """Raise :class:`ConfigError` unless all ``values`` given for ``name`` are powers of two."""
+    if any(frexp(v)[0] != 0.5 for v in values):
+        raise ConfigError(f"thresholds[{name!r}] must be powers of two with units='power_of_two', got {values!r}")
 
 
 def _option(default: Any, help: str) -> Any:  # the help text feeds command lines and recipe checkers
@@ -43,6 +51,10 @@ class LAS(MethodConfig):
         activations: Activation functions by HG neurons; False leaves them dense.
         lm_head: Make the output head spiking too.
         skip: Module name patterns (``*.layers.0.*``) that stay dense.
+        units: ``free``; or ``power_of_two``: thresholds of the operands of matrix products (linear layers, queries,
+            keys, values) are powers of two, so that what is sent for a bf16 input is one bf16 number, at any T.
+        weight_bits: 16: weights stay real. 8: int8 weights, one scale an output row; products are then exact sums of
+            integers. A head tied to the embedding stays real.
         thresholds: Given thresholds: role (``linear``, ``query``, ``key``, ``value``, ``probability``, ``norm``,
             ``up``, ``act``, ``lm_head``) or site pattern -> ``[normal, outlier]`` (``[theta]`` without outlier).
             Sites not named are calibrated.
@@ -69,6 +81,8 @@ class LAS(MethodConfig):
     activations: bool = _option(True, "activation functions by HG neurons")
     lm_head: bool = _option(False, "make the output head spiking")
     skip: tuple[str, ...] = _option((), "module name patterns that stay dense")
+    units: str = _option("free", "free, or power_of_two thresholds where trains meet weights, keys or values")
+    weight_bits: int = _option(16, "16: real weights; 8: int8 weights, one scale an output row")
     thresholds: dict[str, tuple[float, ...]] | None = _option(None, "given thresholds by role or site pattern")
     version: int = _option(1, "format of this config")
 
@@ -83,6 +97,10 @@ class LAS(MethodConfig):
         choice("threshold", self.threshold, ("least_error", "quantile"))
         choice("nonlinear", self.nonlinear, ("fixed_point", "few_spike"))
         choice("levels", self.levels, (2, 4))
+        choice("units", self.units, ("free", "power_of_two"))
+        choice("weight_bits", self.weight_bits, (8, 16))
+        if self.units == "power_of_two" and self.coding == "multi_threshold":
+            raise ConfigError("units='power_of_two' needs a code for every integer: multi_threshold has gaps")
         for name in ("outlier", "per_channel", "softmax", "norms", "activations", "lm_head"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -104,6 +122,8 @@ class LAS(MethodConfig):
         rising = all(is_real(v) and 0 < v < float("inf") for v in values) and list(values) == sorted(set(values))
         if len(values) != wanted or not rising:
             raise ConfigError(f"thresholds[{name!r}] must be {wanted} finite positive rising numbers, got {values!r}")
+        if name in MULTIPLIED and self.units == "power_of_two":
+            check_powers_of_two(name, values)
         return tuple(float(v) for v in values)
 
     def make_coding(self) -> Coding:

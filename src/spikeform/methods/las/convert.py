@@ -16,7 +16,7 @@ from spikeform.conversion.report import ConversionReport
 from spikeform.errors import ConfigError, ConversionError
 from spikeform.layers import SpikingActivation, SpikingAttention, SpikingGatedMLP, SpikingLinear, SpikingNorm
 from spikeform.layers.attention import NAME, install
-from spikeform.methods.las.config import LAS, ROLES
+from spikeform.methods.las.config import LAS, MULTIPLIED, ROLES
 from spikeform.neurons import MT, OAT, FewSpikeHG, FixedPointHG, Neuron, few_spike_bank
 
 _REAL = {
@@ -65,7 +65,8 @@ class _Builder(Builder):
         return None
 
     def _oat(self, role: str, site: str, channels: tuple[int, ...] | None = None) -> MT:
-        neuron = (OAT if self.config.outlier else MT)(self.coding, None, self.config.rounding, site)
+        exponents = self.config.units == "power_of_two" and role in MULTIPLIED
+        neuron = (OAT if self.config.outlier else MT)(self.coding, None, self.config.rounding, site, exponents)
         neuron.role = role
         self.sites.append(site)
         # Channels of values and of the up projection may differ by orders of magnitude with no effect on the
@@ -95,7 +96,8 @@ class _Builder(Builder):
         layer = SpikingLinear.from_dense(module, neuron)
         if layer.weight.device.type != "meta":
             neuron.channel_weight = layer.weight.detach().float().square().sum(0)
-        return layer, type(neuron).__name__
+        coded = self.config.weight_bits == 8 and not tied
+        return layer, type(neuron).__name__ + (", 8-bit weights" if coded else "")
 
     def _norm(self, name: str, module: Any) -> tuple[nn.Module, str]:
         eps, centred, offset = norm_form(module)

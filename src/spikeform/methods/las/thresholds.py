@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from math import ceil, log2
 
 import torch
 from torch import Tensor
 
 from spikeform.conversion.histogram import BINS, LOWEST, PER_OCTAVE, Histogram
 from spikeform.errors import CalibrationError
-from spikeform.methods.las.config import LAS
+from spikeform.methods.las.config import LAS, check_powers_of_two
 from spikeform.neurons import MT
 from spikeform.spikes import power_of_two
 
@@ -19,11 +20,17 @@ _OUTLIER_CUTS = 28  # quarter octaves below the margin that least_error may cut 
 
 
 def given(neuron: MT, config: LAS) -> bool:
-    """Set a neuron's threshold from the config: an exact site, then a pattern, then its role."""
+    """Set a neuron's threshold from the config: an exact site, then a pattern, then its role.
+
+    Raises:
+        ConfigError: It must be a power of two and is not.
+    """
     table = config.thresholds or {}
     patterns = [name for name in table if name != neuron.role and fnmatch(neuron.site, name)]
     for name in (neuron.site, *patterns, neuron.role):
         if name in table:
+            if neuron.power_of_two:
+                check_powers_of_two(name, table[name])
             neuron.set_threshold(table[name])
             return True
     return False
@@ -51,6 +58,11 @@ def fit(neuron: MT, histogram: Histogram, config: LAS) -> float:
         return 0.0
     if neuron.role == "probability":
         tops = torch.tensor([_top_of_one(neuron)], dtype=torch.float64)
+    elif neuron.power_of_two:
+        # From the next one above what is left as room, down as many octaves; above the lowest edges of the histogram.
+        octaves = _OUTLIER_CUTS // PER_OCTAVE if config.threshold == "least_error" else 1
+        highest = max(ceil(log2(peak * config.margin)), LOWEST + octaves + 1)
+        tops = power_of_two(highest - torch.arange(octaves), torch.float64)
     elif config.threshold == "least_error":
         cuts = 2.0 ** (-torch.arange(_OUTLIER_CUTS, dtype=torch.float64) / 4)
         tops = peak * config.margin * cuts
@@ -64,6 +76,7 @@ def fit(neuron: MT, histogram: Histogram, config: LAS) -> float:
         thresholds = [float(tops[_errors(weighted, tops, neuron, config).sum(1).argmin()])]
     elif config.threshold == "quantile":
         normal = _quantile(histogram.counts.sum(0), config.quantile)
+        normal = 2.0 ** ceil(log2(normal)) if neuron.power_of_two else normal
         thresholds = [min(normal, float(tops[0]) / 2), float(tops[0])]
     else:
         thresholds = _least_error(weighted, tops, neuron, config)
@@ -77,7 +90,7 @@ def fit(neuron: MT, histogram: Histogram, config: LAS) -> float:
 
 def _top_of_one(neuron: MT) -> float:
     """The threshold whose top code stands for 1, the largest probability, exactly."""
-    limit = torch.tensor([neuron.coding.limit])
+    limit = torch.tensor([neuron.limit])
     top = neuron.coding.resolution / int(neuron.coding.nearest_code(limit))
     # Where inputs are cut, the fp32 quotient must not fall below the top code by a rounding.
     return top if neuron.rounding == "nearest" else top * (1 - 2.0**-22)
@@ -150,6 +163,8 @@ def _least_error(weighted: Tensor, tops: Tensor, neuron: MT, config: LAS) -> lis
     above = top_errors.sum(1, keepdim=True) - top_errors.cumsum(1)  # [top, normal]
     total = below + above
     total[edges >= tops[:, None] * 0.999] = float("inf")
+    if neuron.power_of_two:
+        total[:, torch.arange(1, len(edges) + 1) % PER_OCTAVE != 0] = float("inf")
     top, normal = divmod(int(total.argmin()), total.shape[1])
     return [float(edges[normal]), float(tops[top])]
 
