@@ -12,7 +12,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "spikeform"
 # From the ground up; folders on one line do not import each other.
 FLOORS = [
-    {"errors", "_plugin"},
+    {"errors", "_plugin", "native"},
     {"spikes"},
     {"neurons"},
     {"synapses"},

@@ -1,6 +1,7 @@
 """Law 6: nothing is hidden between two calls."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -29,7 +30,10 @@ def test_calls_do_not_remember(family, spiking, logits):
 def test_threads_do_not_meet(spiking, logits):
     """Executor and observer belong to the thread that set them."""
     model, texts = spiking("llama"), [families.tokens(rows=1, length=12, seed=s) for s in range(6)]
-    wanted = [logits(model, ids) for ids in texts]
+    wanted = []
+    for index, ids in enumerate(texts):  # what is observed is not fused, and may differ in a last bit
+        with observe(lambda told: None) if index % 2 else nullcontext():
+            wanted.append(logits(model, ids))
 
     def work(index):
         seen = []

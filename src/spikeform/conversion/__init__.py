@@ -4,8 +4,10 @@ from spikeform.conversion.convert import convert, is_converted, set_steps
 from spikeform.conversion.quantizer import register
 from spikeform.conversion.registry import Method, config_from_dict, method_of
 from spikeform.conversion.report import ConversionReport, Row
+from spikeform.conversion.tune import Choice, tune
 
 __all__ = [
+    "Choice",
     "ConversionReport",
     "Method",
     "Row",
@@ -15,4 +17,5 @@ __all__ = [
     "method_of",
     "register",
     "set_steps",
+    "tune",
 ]

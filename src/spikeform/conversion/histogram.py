@@ -5,6 +5,8 @@ Histograms add, so calibration needs one pass, any batch size, and no stored act
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,12 @@ PER_OCTAVE = 4
 LOWEST, HIGHEST = -28, 28  # octaves; smaller inputs share the first bin, larger ones the last
 BINS = (HIGHEST - LOWEST) * PER_OCTAVE
 SAMPLE = 1 << 22  # inputs of one call that are counted
+
+
+@lru_cache(maxsize=4)  # sites of one shape take the same ones, and drawing them takes longer than counting
+def _drawn(inputs: int, count: int, device: torch.device) -> Tensor:
+    """Places of so many inputs, the same ones each time, int64 ``[count]``."""
+    return torch.randint(inputs, (count,), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 class Histogram:
@@ -37,9 +45,7 @@ class Histogram:
         # Shares need no more than a large sample; the peak is of all. Drawn at random (from a fixed seed): a
         # stride may share a factor with the width, and then never see some channels.
         if x_CN.numel() > SAMPLE:
-            generator = torch.Generator().manual_seed(0)
-            drawn = torch.randint(inputs, (max(SAMPLE // channels, 1),), generator=generator)
-            x_CN = x_CN[:, drawn.to(x_CN.device)]
+            x_CN = x_CN[:, _drawn(inputs, max(SAMPLE // channels, 1), x_CN.device)]
         x_CN = x_CN.float()
         index = ((x_CN.log2() - LOWEST) * PER_OCTAVE).floor().clamp_(0, BINS - 1).long()
         index += torch.arange(channels, device=x_CN.device)[:, None] * BINS

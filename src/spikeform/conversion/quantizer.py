@@ -84,6 +84,11 @@ class SpikeformQuantizer(HfQuantizer):
         return method_of(self.quantization_config).trainable
 
     @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether ``generate`` may compile the model with a static cache. A streaming model steps through hooks."""
+        return not method_of(self.quantization_config).trainable
+
+    @property
     def is_qat_trainable(self) -> bool:  # type: ignore[override]
         """The same: all parameters are real, so all of them may be trained."""
         return self.is_trainable

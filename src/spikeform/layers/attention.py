@@ -26,12 +26,16 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from spikeform.layers.cache import CacheView, through
+from spikeform.layers.fused import gif_attention, oat_attention
 from spikeform.layers.rotation import rotate_heads
-from spikeform.neurons import GIF, MT, Neuron
+from spikeform.neurons import GIF, MT, Dynamic, FixedPointHG, Neuron
+from spikeform.neurons.fused import gif_pack, oat_pack
+from spikeform.neurons.gif import GifForm
 from spikeform.neurons.neuron import recorder
+from spikeform.neurons.oat import OatForm
 from spikeform.spikes import SpikeTrain
 from spikeform.spikes.trace import observer
-from spikeform.synapses import hadamard, matmul
+from spikeform.synapses import fusible, hadamard, matmul
 
 NAME = "spikeform"
 
@@ -68,6 +72,7 @@ class SpikingAttention(nn.Module):
         self.query, self.key, self.value, self.probability = query, key, value, probability
         self.exp, self.reciprocal, self.site = exp, reciprocal, site
         self.register_buffer("signs", None)
+        self._known: tuple | None = None
 
     def encode(self, keys: Tensor, values: Tensor) -> tuple[SpikeTrain, SpikeTrain]:
         """The trains of real keys and values, each ``[B, G, S, E]``."""
@@ -83,6 +88,9 @@ class SpikingAttention(nn.Module):
             mask: Additive ``[B or 1, 1 or H, L, S]``, the dtype's minimum or -inf where hidden; None: all seen.
             scaling: Factor of the scores.
         """
+        fused = self._fused(q_BHLE, k_BGSE, v_BGSE, mask, scaling)
+        if fused is not None:
+            return fused
         batch, heads, length, size = q_BHLE.shape
         groups, keys = k_BGSE.shape[1], k_BGSE.shape[2]
         # Query heads of one key/value head stand together as rows, so keys and values are never copied.
@@ -114,6 +122,31 @@ class SpikingAttention(nn.Module):
         context = context if scale is None else context * scale
         return context.reshape(batch, heads, length, size).transpose(1, 2).contiguous().to(q_BHLE.dtype)
 
+    def pack(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Real keys and values ``[B, G, S, E]`` as a cache holds them: packed codes."""
+        keys = self._rotated(keys)
+        return _pack(self.key, keys), _pack(self.value, values)
+
+    def _fused(
+        self, q_BHLE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor | None:
+        """All of it as one operator, or None where there is none."""
+        if not fusible(q_BHLE, k_BGSE, v_BGSE):
+            return None
+        neurons = (self.query, self.key, self.value, self.probability)
+        forms = tuple(neuron.closed_form() for neuron in neurons)
+        known = self._known  # found once, until a form changes
+        if known is None or any(a is not b for a, b in zip(known[0], forms, strict=True)):
+            known = self._known = forms, _oat_parameters(self, *forms), _gif_parameters(self, *forms)
+        _, oat, gif = known
+        if oat is None and gif is None:
+            return None
+        if k_BGSE.is_floating_point():
+            k_BGSE, v_BGSE = self.pack(k_BGSE, v_BGSE)
+        if oat is not None:
+            return oat_attention(q_BHLE, k_BGSE, v_BGSE, mask, scaling, *oat)
+        return gif_attention(q_BHLE, k_BGSE, v_BGSE, mask, scaling, self.signs, *gif)
+
     def _rotated(self, x: Tensor) -> Tensor:
         return x if self.signs is None else rotate_heads(x, self.signs)
 
@@ -139,6 +172,41 @@ class SpikingAttention(nn.Module):
         if alive is not None:
             inverse = inverse.map(lambda x: x * alive.to(x.dtype))
         return hadamard(e, inverse, site=f"{self.site}.softmax")
+
+
+def _oat_parameters(attention: SpikingAttention, *forms: Any) -> tuple | None:
+    """What :func:`oat_attention` takes behind the scaling, or None where it cannot stand for ``attention``."""
+    query, probability = forms[0], forms[-1]
+    if not all(isinstance(form, OatForm) and form.shift is None and form[3:] == query[3:] for form in forms):
+        return None
+    bank = (0, True, 0, 0)
+    if attention.exp is not None or attention.reciprocal is not None:
+        if not (isinstance(attention.exp, FixedPointHG) and isinstance(attention.reciprocal, FixedPointHG)):
+            return None
+        bank = attention.exp.closed_form()
+        if attention.reciprocal.closed_form() != bank:
+            return None
+    return *(form.threshold for form in forms), query.limit, probability.limit, *query[3:], *bank
+
+
+def _gif_parameters(attention: SpikingAttention, query: Any, key: Any, value: Any, probability: Any) -> tuple | None:
+    """What :func:`gif_attention` takes behind the signs, or None where it cannot stand for ``attention``."""
+    trains = all(isinstance(form, GifForm) for form in (query, key, value))
+    if not trains or not isinstance(attention.probability, Dynamic) or attention.exp or attention.reciprocal:
+        return None
+    tables = [x for form in (query, key, value) for x in (form.top, form.multiple, form.steps)]
+    return *tables, query.levels, probability
+
+
+def _pack(neuron: MT | GIF, x: Tensor) -> Tensor:
+    """The codes of ``x`` ``[B, G, S, E]`` as a cache holds them; by one operator where there is one."""
+    form = neuron.closed_form()
+    if form is not None and fusible(x):
+        if isinstance(form, GifForm):
+            return gif_pack(x, *form)
+        if form.shift is None:
+            return oat_pack(x, form.threshold, *form[2:])
+    return neuron.pack(neuron(x))
 
 
 def _channel_scale(neuron: Any) -> Tensor | None:
@@ -171,9 +239,7 @@ class CodeCache(CacheView):
         Raises:
             ValueError: The cache was filled by a dense model: its numbers are no codes.
         """
-        spiking = self._spiking
-        keys, values = spiking.encode(key_states, value_states)
-        key, value = spiking.key.pack(keys), spiking.value.pack(values)
+        key, value = self._spiking.pack(key_states, value_states)
         held = self.held_keys(layer_idx)
         if held is not None and held.is_floating_point():
             raise ValueError(

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from spikeform.layers.linear import SpikingLinear
 from spikeform.layers.packed import NAMES, Form, narrow, pack, problems, unpack
-from spikeform.neurons import Neuron
-from spikeform.synapses import linear
+from spikeform.native import fixed
+from spikeform.neurons import GIF, MT, Neuron
+from spikeform.neurons.fused import gif_integers
+from spikeform.synapses import fusible, linear
+from spikeform.synapses.fused import GROUP, event_product, gif_linear, oat_linear_int, pack_nibbles
 from spikeform.synapses.integer import IntegerWeight
 
 
@@ -63,6 +66,7 @@ class CodedLinear(SpikingLinear):
         self.form = Form(bits, tuple(tiers), ternary)
         self.site = site if site is not None else neuron.site if neuron is not None else ""
         self._known: tuple[tuple, IntegerWeight] | None = None
+        self._nibbles: tuple[Tensor, Tensor] | None = None
         del self.weight
         rows = (len(tiers), out_features)
         tier = torch.full((in_features,), 255, dtype=torch.uint8) if len(tiers) > 1 else None
@@ -94,6 +98,9 @@ class CodedLinear(SpikingLinear):
 
     def integer_weight(self) -> IntegerWeight:
         """The weights as synapses take them: the same tensors. Kept, with what it keeps, until one of them changes."""
+        known = self._known
+        if torch.compiler.is_compiling() and known is not None and known[1].codes is self.weight:
+            return known[1]
         own = [x for x in (self.weight, self.scale, self.zero, self.tier) if x is not None]
         key = tuple((id(x), 0 if x.is_inference() else x._version) for x in own)
         if self._known is None or self._known[0] != key:  # ids are safe: what is kept holds the tensors themselves
@@ -103,10 +110,46 @@ class CodedLinear(SpikingLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Real ``[..., K]`` to real ``[..., N]``, in the dtype of ``input``."""
+        out = self._fused(input)
+        if out is not None:
+            return out
         sent = input if self.neuron is None else self.neuron(input)
         wide = torch.float64 if input.dtype == torch.float64 else torch.float32
         bias = None if self.bias is None else self.bias.to(wide)
         return linear(sent, self.integer_weight(), bias, site=self.site).to(input.dtype)
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        if self.weight.dtype != torch.int8 or self.tier is not None or not fusible(x, self.bias):
+            return None
+        scale = self.scale[0]
+        if isinstance(self.neuron, MT):
+            form = self.neuron.closed_form()
+            if form is None or form.shift is not None:
+                return None
+            return oat_linear_int(x, self.weight, scale, self.bias, form.threshold, *form[2:])
+        form = self.neuron.closed_form() if isinstance(self.neuron, GIF) else None
+        if form is None:
+            return None
+        if self.event_rows is not None and self.visits(x):
+            integers, unit = gif_integers(x, *form)
+            out = event_product(integers, self.event_rows, scale, self.out_features) * unit
+            return (out if self.bias is None else out + self.bias).to(x.dtype)
+        zero = None if self.zero is None else self.zero[0]
+        return gif_linear(x, self.weight, scale, self.nibbles(), zero, self.bias, *form)
+
+    def nibbles(self) -> Tensor | None:
+        """The weights and their zero-points in 4 bits (:func:`~spikeform.synapses.fused.pack_nibbles`), made once.
+
+        None where they do not fit.
+        """
+        known = self._nibbles
+        if known is not None and known[0] is self.weight:
+            return known[1]
+        if self.zero is None or self.form.levels != [15] or self.in_features % GROUP:
+            return None
+        packed = fixed(pack_nibbles(self.weight + self.zero[0][:, None]))
+        self._nibbles = self.weight, packed
+        return packed
 
     def fold(self) -> None:
         """Nothing: integer weights take no channel shifts."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from spikeform.neurons import MT, Neuron
-from spikeform.synapses import hadamard
+from spikeform.neurons import MT, FewSpikeHG, FixedPointHG, Neuron
+from spikeform.neurons.fused import few_spike_values, hg_gated, hg_values
+from spikeform.synapses import fusible, hadamard
 
 
 class SpikingActivation(nn.Module):
@@ -21,7 +22,12 @@ class SpikingActivation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Real ``[...]`` in, real ``[...]`` out."""
-        return self.neuron(input).decode().to(input.dtype)
+        neuron = self.neuron
+        if isinstance(neuron, FixedPointHG) and fusible(input):
+            return hg_values(input, neuron.function, *neuron.closed_form())
+        if isinstance(neuron, FewSpikeHG) and fusible(input):
+            return few_spike_values(input, neuron.gates, neuron.theta, neuron.h, neuron.d)
+        return neuron(input).decode().to(input.dtype)
 
 
 class SpikingGatedMLP(nn.Module):
@@ -46,6 +52,9 @@ class SpikingGatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Real ``[..., D]`` in, real ``[..., D]`` out."""
         gate = self.gate_proj(x)
+        product = self._fused(gate, x)
+        if product is not None:
+            return self.down_proj(product)
         if self.act is None:
             assert isinstance(self.act_fn, SpikingActivation)
             gate_train = self.act_fn.neuron(gate)
@@ -53,3 +62,12 @@ class SpikingGatedMLP(nn.Module):
             gate_train = self.act(self.act_fn(gate))
         product = hadamard(gate_train, self.up(self.up_proj(x)), site=self.up.site)
         return self.down_proj(product.to(x.dtype))
+
+    def _fused(self, gate: Tensor, x: Tensor) -> Tensor | None:
+        """Both trains and their product as one operator, or None where there is none."""
+        bank = self.act_fn.neuron if isinstance(self.act_fn, SpikingActivation) and self.act is None else None
+        form = self.up.closed_form()
+        if not isinstance(bank, FixedPointHG) or form is None or form.shift is not None or not fusible(gate):
+            return None
+        up = self.up_proj(x)
+        return hg_gated(gate, up, bank.function, *bank.closed_form(), form.threshold, *form[2:])

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spikeform.neurons import MT, Neuron
+from spikeform.neurons.fused import oat_values
 from spikeform.spikes import power_of_two
-from spikeform.synapses import linear
+from spikeform.synapses import fusible, linear
+from spikeform.synapses.fused import EVENT_ROWS, event_product, oat_linear
 
 
 class SpikingLinear(nn.Linear):
@@ -26,6 +28,10 @@ class SpikingLinear(nn.Linear):
         neuron: Encodes the input. None: the input is real, gated by the spikes of a neuron before it.
         device: Where the parameters live (``meta`` for a skeleton).
         dtype: Of the parameters.
+
+    Attributes:
+        event_rows: The weights input-major ``[K, N]``, where the event executor was found faster
+            (:func:`spikeform.tune`); None elsewhere. Not saved: it belongs to a machine.
     """
 
     def __init__(
@@ -33,6 +39,7 @@ class SpikingLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.neuron = neuron
+        self.event_rows: Tensor | None = None
 
     @classmethod
     def from_dense(cls, dense: nn.Linear | Conv1D, neuron: Neuron | None) -> SpikingLinear:
@@ -62,9 +69,28 @@ class SpikingLinear(nn.Linear):
         """Real ``[..., K]`` to real ``[..., N]``, in the dtype of ``input``."""
         if self.neuron is None:
             return super().forward(input)
+        out = self._fused(input)
+        if out is not None:
+            return out
         train = self.neuron(input)
         bias = None if self.bias is None else self.bias.to(train.quantum.dtype)
         return linear(train, self.weight, bias, site=self.neuron.site).to(input.dtype)
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """Neuron and synapse as one operator, or None where there is none."""
+        if not (isinstance(self.neuron, MT) and x.dtype == self.weight.dtype and fusible(x, self.weight, self.bias)):
+            return None
+        form = self.neuron.closed_form()
+        if form is None:
+            return None
+        if self.event_rows is not None and self.visits(x):
+            out = event_product(oat_values(x, *form, False), self.event_rows, None, self.out_features)
+            return (out if self.bias is None else out + self.bias).to(x.dtype)
+        return oat_linear(x, self.weight, self.bias, *form, self.neuron.single(x.dtype))
+
+    def visits(self, x: Tensor) -> bool:
+        """Whether so few rows go to the event executor, which :attr:`event_rows` allows."""
+        return x.numel() <= EVENT_ROWS * x.shape[-1]
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         # Files hold [1, N, K] (see spikeform.conversion.quantizer); trainers resume from them by load_state_dict.

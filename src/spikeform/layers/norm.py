@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spikeform.neurons import MT, Neuron
-from spikeform.synapses import hadamard
+from spikeform.neurons import MT, FixedPointHG, Neuron
+from spikeform.neurons.fused import hg_norm
+from spikeform.synapses import fusible, hadamard
 
 
 class SpikingNorm(nn.Module):
@@ -46,6 +47,9 @@ class SpikingNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Real ``[..., D]`` in, real ``[..., D]`` out, in the dtype of the input."""
+        out = self._fused(hidden_states)
+        if out is not None:
+            return out
         d = hidden_states if hidden_states.dtype == torch.float64 else hidden_states.float()
         if self.centred:
             d = d - d.mean(-1, keepdim=True)
@@ -57,6 +61,18 @@ class SpikingNorm(nn.Module):
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.to(hidden_states.dtype)
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """The whole layer as one operator, or None where there is none."""
+        if not (isinstance(self.square, FixedPointHG) and isinstance(self.inverse_sqrt, FixedPointHG)):
+            return None
+        form, bank = self.neuron.closed_form(), self.square.closed_form()
+        if form is None or form.shift is not None or bank != self.inverse_sqrt.closed_form():
+            return None
+        if not fusible(x, self.weight, self.bias):
+            return None
+        how = self.eps, self.centred, self.gain_offset
+        return hg_norm(x, self.weight, self.bias, *how, form.threshold, *form[2:], *bank)
 
     def extra_repr(self) -> str:
         """Kind and eps."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spikeform.errors import SpikeformError
+from spikeform.native import fixed
 from spikeform.neurons.neuron import ThresholdNeuron
 from spikeform.spikes import Burst
 
@@ -78,9 +79,9 @@ class BurstNeuron(ThresholdNeuron):
         Raises:
             SpikeformError: Not calibrated.
         """
-        if torch.compiler.is_compiling():
-            return self._of_times()
         times = self.times
+        if torch.compiler.is_compiling():
+            return self._of_times() if self._known is None or self._known[0] is not times else self._known[2]
         version = None if times.is_inference() else times._version
         # The tensor itself is kept: another one may later lie where a dead one lay.
         if self._known is None or self._known[0] is not times or self._known[1] != version:
@@ -92,7 +93,7 @@ class BurstNeuron(ThresholdNeuron):
     def _look_up(self) -> Tables:
         # Not inference tensors, even when met in inference mode first: a backward pass may want them later.
         with torch.inference_mode(False), torch.no_grad():
-            return self._of_times()
+            return Tables(*(fixed(table) for table in self._of_times()))
 
     def _of_times(self) -> Tables:
         branch = torch.zeros_like(self.times)

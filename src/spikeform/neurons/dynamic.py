@@ -26,6 +26,10 @@ class Dynamic(Neuron):
         super().__init__(site)
         self.coding = Radix2(16) if coding is None else coding
 
+    def closed_form(self) -> int:
+        """What kernels need: the largest code."""
+        return self.coding.limit
+
     def encode(self, x: Tensor) -> SpikeTrain:
         """The spike train of ``x`` ``[..., C]``, its quantum ``[1, ..., 1]``; exact where no gradient flows.
 

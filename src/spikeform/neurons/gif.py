@@ -18,6 +18,7 @@ round to even. A token's range always holds zero: no signed code is then beyond 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,15 @@ from spikeform.spikes.trace import Firing, observer
 
 FORMS, SPANS, AXES = ("unified", "official", "ternary"), ("shared", "separate"), ("token", "channel")
 LEAST_UNIT, LARGEST_UNIT, LARGEST_ZERO = 1e-5, 1e4, 1e4  # of the released code; the unit of a single step
+
+
+class GifForm(NamedTuple):
+    """What kernels need of neurons whose range is the token's, shared, signed and unified: see :mod:`.fused`."""
+
+    top: Tensor
+    multiple: Tensor
+    levels: int
+    steps: int
 
 
 class GIF(BurstNeuron):
@@ -88,6 +98,9 @@ class GIF(BurstNeuron):
         super().__init__(Burst(steps, 2**bits - 1, tiers, form == "official", common), channels, site)
         self.bits, self.steps, self.levels, self.signed = bits, steps, 2**bits - 1, signed
         self.form, self.span, self.axis, self.role = form, span, axis, ""
+        usual = signed and form == "unified" and span == "shared" and axis == "token"
+        self._usual = usual and self.coding.limit <= 127
+        self._closed: GifForm | None = None
         static = torch.full(self.channels, float("nan"), dtype=torch.float32) if axis == "channel" else None
         self.register_buffer("low", static)
         self.register_buffer("high", None if static is None else static.clone())
@@ -129,6 +142,16 @@ class GIF(BurstNeuron):
         if self.low is None or self.high is None:
             raise SpikeformError(f"{self.name}: the unit is the token's own; see the quantum of its trains")
         return self.low, ((self.high - self.low) / top).clamp(LEAST_UNIT, LARGEST_UNIT)
+
+    def closed_form(self) -> GifForm | None:
+        """What kernels need, or None where there is no kernel: other forms, or integers beyond int8."""
+        if not self._usual:
+            return None
+        tables, form = self.tables(), self._closed
+        if form is None or form.top is not tables.top:
+            form = GifForm(tables.top, tables.multiple, self.levels, self.steps)
+            self._closed = form
+        return form
 
     def encode(self, x: Tensor) -> SpikeTrain:
         """The spike train of real input ``x`` ``[..., *channels]``, in fp32 (fp64 stays fp64); see the module.

@@ -116,6 +116,10 @@ class FixedPointHG(Neuron):
         """Largest relative error inside the bank."""
         return 2.0 ** -(self.coding.steps - (self.rounding != "nearest"))
 
+    def closed_form(self) -> tuple[int, bool, int, int]:
+        """What kernels need beside the function: bits, nearest, low, high."""
+        return self.coding.steps, self.rounding == "nearest", self.low, self.high
+
     def encode(self, x: Tensor) -> SpikeTrain:
         """The train of ``f(x)``, ``[...]``; ``branch`` is the binade's sub-neuron, lowest first."""
         y = FUNCTIONS[self.function](x.float())

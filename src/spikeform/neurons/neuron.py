@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -53,6 +54,10 @@ class Neuron(nn.Module):
     def encode(self, x: Tensor) -> SpikeTrain:
         """The spike train of input ``x`` ``[...]``; the train has the same shape."""
         raise AttributeError(f"{type(self).__name__} does not encode")
+
+    def closed_form(self) -> Any:
+        """Its parameters as the fused kernels of :mod:`spikeform.neurons.fused` take them, or None: there is none."""
+        return None
 
     def forward(self, x: Tensor) -> SpikeTrain:
         """Alias of :meth:`encode`, so that module hooks work."""

@@ -1,6 +1,6 @@
 """Synapses: spike trains (and a weight) in, a real tensor out. One meaning, three executors side by side."""
 
-from spikeform.synapses.dispatch import EXECUTORS, executor, explain
+from spikeform.synapses.dispatch import EXECUTORS, executor, explain, forced, fusible
 from spikeform.synapses.integer import IntegerWeight
 from spikeform.synapses.products import hadamard, linear, matmul
 from spikeform.synapses.sums import exact_sums, explain_sums
@@ -12,6 +12,8 @@ __all__ = [
     "executor",
     "explain",
     "explain_sums",
+    "forced",
+    "fusible",
     "hadamard",
     "linear",
     "matmul",

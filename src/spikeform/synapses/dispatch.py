@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 
-from torch.compiler import is_compiling
+import torch
+from torch import Tensor
+from torch.compiler import assume_constant_result, is_compiling
+
+from spikeform.native import library, why
+from spikeform.neurons.neuron import recorder
+from spikeform.spikes.trace import observer
 
 EXECUTORS = ("temporal", "collapsed", "event")
 _forced: ContextVar[str | None] = ContextVar("spikeform_executor", default=None)
@@ -18,7 +25,8 @@ def executor(name: str) -> Iterator[None]:
 
     Args:
         name: ``temporal`` (one step at a time, literal spikes: the definition), ``collapsed`` (time summed
-            first, then one product) or ``event`` (time summed first, then only what is not zero).
+            first, then one product) or ``event`` (time summed first, then only what is not zero). Each as trains and
+            products, one after the other: fused kernels (:func:`fusible`) run where none is named.
 
     Raises:
         ValueError: Unknown name.
@@ -32,8 +40,13 @@ def executor(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> str | None:
+    """The executor that :func:`executor` asks for, or None. A compiled pass is not asked."""
+    return None if is_compiling() else _forced.get()
+
+
 def explain(kind: str) -> tuple[str, str]:
-    """The executor that a product would take now, and the reason.
+    """The executor that a product of a train takes now, and the reason.
 
     Args:
         kind: ``linear``, ``matmul`` or ``hadamard``.
@@ -41,10 +54,40 @@ def explain(kind: str) -> tuple[str, str]:
     Returns:
         Name and reason.
     """
-    forced = None if is_compiling() else _forced.get()
-    if forced is not None:
-        return forced, "chosen by spikeform.executor"
+    name = forced()
+    if name is not None:
+        return name, "chosen by spikeform.executor"
     return "collapsed", (
-        f"the default for every {kind}: in plain PyTorch the event executor gathers the weights that it visits, and "
-        "that was mostly slower on a CPU, at best 8% faster (benchmarks/results/executors-cpu.json)"
+        f"the default for every {kind}: integers are seldom zero often enough; spikeform.tune measures where they are"
     )
+
+
+def fusible(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether a neuron and what follows it may run as one operator: the same meaning, no train in between.
+
+    So it is where there is a kernel for the device, the input is fp32 or bf16, no executor is asked for by name, nobody
+    calibrates or observes, and no gradient is wanted.
+
+    Args:
+        x: The neuron's input.
+        parameters: What else a gradient might be wanted for.
+    """
+    if x.dtype not in (torch.float32, torch.bfloat16) or forced() is not None:
+        return False
+    if recorder() is not None or observer() is not None or not kernels(x.device.type)[0]:
+        return False
+    return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, *parameters))
+
+
+@assume_constant_result
+def kernels(device: str) -> tuple[bool, str]:
+    """Whether there are fused kernels for a type of device, and why.
+
+    Args:
+        device: ``cpu``, ``cuda`` …
+    """
+    if device == "cpu":
+        return library() is not None, f"the compiled library: {why()}"
+    if device == "cuda":
+        return find_spec("triton") is not None, "Triton kernels, where Triton is installed"
+    return False, f"no kernels for {device}"

@@ -98,7 +98,9 @@ def _planes(values: Tensor) -> list[tuple[int, Tensor]]:
 def int8_sums(codes: Tensor, weight: Tensor) -> Tensor:
     """int8 ``[M, K] @ [N, K]^T`` as int32; on CUDA padded to what the kernel wants: M > 16, K and N multiples of 8."""
     if not codes.is_cuda:
-        return torch._int_mm(codes.contiguous(), weight.t())
+        # Of a single row any strides count as contiguous, and the library reads beyond it where they are odd.
+        codes = codes.contiguous().as_strided(codes.shape, (codes.shape[1], 1))
+        return torch._int_mm(codes, weight.t())
     (rows, inner), columns = codes.shape, weight.shape[0]
     more, deeper, wider = max(17 - rows, 0), -inner % 8, -columns % 8
     if more or deeper:

@@ -1,0 +1,42 @@
+"""Attention on codes as one operator; kernels in ``cpu/`` and ``triton/``.
+
+Parameters as in :mod:`spikeform.neurons.fused`. B batch, H query heads, G key/value heads, L queries, S keys, E head
+size. q ``[B, H, L, E]`` is real (fp32 or bf16); keys and values ``[B, G, S, ...]`` are what the neurons' ``pack`` puts
+into a cache; mask is additive, ``[B or 1, 1 or H, L, S]``, the dtype's minimum or -inf where hidden; the output is
+``[B, L, H, E]`` in the dtype of q. A row that sees no key gives zeros.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from spikeform.native import define
+
+
+def _define(schema: str, fake):
+    name = schema.partition("(")[0]
+    return define(schema, fake, f"spikeform.layers.cpu.attention:{name}", f"spikeform.layers.triton.attention:{name}")
+
+
+def _context(q: Tensor, *_) -> Tensor:
+    batch, heads, length, size = q.shape
+    return q.new_empty((batch, length, heads, size))
+
+
+# SpikingAttention with MT or OAT populations without channel shifts. bits = 0: the softmax is real; else by HGs of
+# exp and 1/x of so many bits. Thresholds [R] each; codes of queries reach ``limit``, those of probabilities ``peak``.
+oat_attention = _define(
+    "oat_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scaling, Tensor query, Tensor key, Tensor value,"
+    " Tensor probability, int limit, int peak, int resolution, int rounding, int bits, bool nearest, int low, int high)"
+    " -> Tensor",
+    _context,
+)
+# SpikingAttention with GIF populations whose range is the token's (signed, unified), a real softmax, and probabilities
+# encoded by Dynamic with codes up to ``peak``. Query tables [E], key and value tables [G, 1, E]; signs int8 [E], or
+# None.
+gif_attention = _define(
+    "gif_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scaling, Tensor? signs, Tensor q_top,"
+    " Tensor q_multiple, int q_steps, Tensor k_top, Tensor k_multiple, int k_steps, Tensor v_top, Tensor v_multiple,"
+    " int v_steps, int levels, int peak) -> Tensor",
+    _context,
+)
