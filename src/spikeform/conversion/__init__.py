@@ -4,7 +4,7 @@ from spikeform.conversion.convert import convert, is_converted, set_steps
 from spikeform.conversion.quantizer import register
 from spikeform.conversion.registry import Method, config_from_dict, method_of
 from spikeform.conversion.report import ConversionReport, Row
-from spikeform.conversion.tune import Choice, tune
+from spikeform.conversion.tuning import Choice, tune
 
 __all__ = [
     "Choice",

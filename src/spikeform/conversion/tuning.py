@@ -21,6 +21,7 @@ from spikeform.conversion.data import windows
 from spikeform.errors import ConversionError
 from spikeform.layers import CodedLinear, SpikingLinear
 from spikeform.native import fixed
+from spikeform.neurons import GIF, MT
 from spikeform.spikes.trace import Product, observe
 from spikeform.synapses import fusible
 
@@ -123,11 +124,13 @@ def _look(
 
 
 def _input_major(layer: SpikingLinear) -> Tensor | None:
-    """``[K, N]``, where there is a kernel for it."""
-    if not isinstance(layer, CodedLinear):
-        return fixed(layer.weight.detach().t().contiguous()) if layer.weight.dtype == torch.bfloat16 else None
-    usable = layer.weight.dtype == torch.int8 and layer.tier is None
-    return fixed(layer.weight.t().contiguous()) if usable else None
+    """``[K, N]``, where there is a kernel for it: of bf16 weights, and of int8 ones that meet codes of a byte."""
+    if isinstance(layer, CodedLinear):
+        usable = layer.weight.dtype == torch.int8 and layer.tier is None and isinstance(layer.neuron, GIF)
+    else:
+        usable = layer.weight.dtype == torch.bfloat16 and isinstance(layer.neuron, MT)
+    usable = usable and layer.neuron is not None and layer.neuron.closed_form() is not None
+    return fixed(layer.weight.detach().t().contiguous()) if usable else None
 
 
 @torch.no_grad()
