@@ -3,41 +3,20 @@
 Without a CUDA device the same tests run on Triton's interpreter, in a process of their own.
 """
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 import torch
 
+from kernels import DEVICE, INTERPRETED, fused, let_bounds_be_scalars, needs_triton, not_interpreted, on_the_interpreter
 from spikeform.layers import SpikingAttention
 from spikeform.neurons import GIF, MT, OAT, Dynamic, FixedPointHG
 from spikeform.neurons.oat import ROUNDINGS
 from spikeform.spikes import Radix2
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-fused = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="runs on a CUDA device, or in the interpreter's process"
-)
-
 
 @pytest.fixture(autouse=True)
-def scalars_as_bounds(monkeypatch):
-    """The interpreter keeps scalars as arrays of one element, which new versions of numpy do not take for integers."""
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+def loops(monkeypatch):
+    if INTERPRETED:
+        let_bounds_be_scalars(monkeypatch)
 
 
 class Case:
@@ -118,7 +97,6 @@ def agrees(mine, expected, unit, v):
     assert bool(mine.any())
 
 
-@needs_triton
 @fused
 @pytest.mark.parametrize(
     ("length", "keys", "size", "two", "rounding", "steps", "bits"),
@@ -140,7 +118,6 @@ def test_multi_threshold(length, keys, size, two, rounding, steps, bits):
     agrees(run_oat(spiking, case, k, v), expected, float(spiking.probability.quantum().max()), case.v)
 
 
-@needs_triton
 @fused
 @pytest.mark.parametrize("length", [1, 17])
 @pytest.mark.parametrize("padding", [None, 20])
@@ -181,7 +158,6 @@ def run_gif(spiking, case, k, v):
     return gif_attention(case.q, k, v, case.mask, case.scaling, spiking.signs, *tables, *last)
 
 
-@needs_triton
 @fused
 @pytest.mark.parametrize(
     ("length", "keys", "size", "steps", "signs", "padding"),
@@ -196,7 +172,6 @@ def test_gif(length, keys, size, steps, signs, padding):
     agrees(run_gif(spiking, case, k, v), expected, 1 / spiking.probability.coding.limit, case.v)
 
 
-@needs_triton
 @fused
 def test_many_heads_share_keys_and_hidden_blocks_are_skipped():
     for heads, groups, length in ((17, 1, 1), (3, 1, 2)):
@@ -211,13 +186,6 @@ def test_many_heads_share_keys_and_hidden_blocks_are_skipped():
 
 
 @needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="this is the test that starts the interpreter's process")
+@not_interpreted
 def test_on_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    on_the_interpreter(__file__)

@@ -3,23 +3,15 @@
 Without a CUDA device the same tests run on Triton's interpreter, in a process of their own.
 """
 
-import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
 
+from kernels import DEVICE, INTERPRETED, fused, needs_triton, not_interpreted, on_the_interpreter
 from spikeform.neurons import scan as core
 from spikeform.neurons.if_ import integrate_and_fire, scan
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-fused = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="runs on a CUDA device, or in the interpreter's process"
-)
 
 on_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -34,7 +26,6 @@ def parameters(size, seed):
     return 0.3 + 0.5 * theta, 0.15 * initial, (0.3 + 0.5 * theta) * (0.5 + 0.5 * level)
 
 
-@needs_triton
 @fused
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("axis", [0, 1])
@@ -55,7 +46,6 @@ def test_forward_has_the_same_bits(signed, steps, size, dtype, axis):
     assert bool(spikes.any())
 
 
-@needs_triton
 @fused
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("axis", [0, 1])
@@ -81,7 +71,6 @@ def _double(grad):
     return None if grad is None else grad.double().cpu()
 
 
-@needs_triton
 @fused
 def test_many_blocks_with_a_ragged_end_and_the_longest_window():
     from spikeform.neurons.triton import if_scan
@@ -97,16 +86,9 @@ def test_many_blocks_with_a_ragged_end_and_the_longest_window():
 
 
 @needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="this is the test that starts the interpreter's process")
+@not_interpreted
 def test_on_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    on_the_interpreter(__file__)
 
 
 def test_without_triton_a_warning_names_it(monkeypatch):

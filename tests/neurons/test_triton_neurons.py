@@ -3,14 +3,10 @@
 Without a CUDA device the same tests run on Triton's interpreter, in a process of their own.
 """
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 import torch
 
+from kernels import DEVICE, INTERPRETED, fused, needs_triton, not_interpreted, on_the_interpreter
 from spikeform.layers.norm import SpikingNorm
 from spikeform.neurons import GIF, MT, OAT, FewSpikeHG
 from spikeform.neurons.functions import FUNCTIONS
@@ -18,23 +14,6 @@ from spikeform.neurons.hg import FixedPointHG
 from spikeform.neurons.oat import ROUNDINGS
 from spikeform.spikes import Radix2, Thermometer
 from spikeform.synapses import hadamard
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-fused = [
-    needs_triton,
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(),
-        reason="runs on a CUDA device, or in the interpreter's process",
-    ),
-]
-
-
-def fused_test(function):
-    for mark in fused:
-        function = mark(function)
-    return function
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -65,7 +44,7 @@ def hard(neuron, shape, dtype=torch.float32, seed=0):
 CODINGS = [Radix2(4), Radix2(15), Thermometer(6)]
 
 
-@fused_test
+@fused
 @pytest.mark.parametrize("coding", CODINGS, ids=str)
 @pytest.mark.parametrize("two", [False, True])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -85,7 +64,7 @@ def test_oat_codes(coding, two, rounding):
             assert torch.equal(values, expected)
 
 
-@fused_test
+@fused
 def test_oat_units_that_are_powers_of_two_and_odd_ones_agree_at_every_tie():
     from spikeform.neurons.triton.oat import oat_pack
 
@@ -96,7 +75,7 @@ def test_oat_units_that_are_powers_of_two_and_odd_ones_agree_at_every_tie():
         assert torch.equal(oat_pack(x, *parameters(neuron)), neuron.pack(neuron.encode(x)))
 
 
-@fused_test
+@fused
 @pytest.mark.parametrize("shape", [(5, 33), (2, 3, 64)])
 def test_oat_values_of_shifted_channels(shape):
     from spikeform.neurons.triton.oat import oat_values
@@ -109,7 +88,7 @@ def test_oat_values_of_shifted_channels(shape):
     assert torch.equal(oat_values(x, threshold, shift, *rest, False), neuron.encode(x).decode())
 
 
-@fused_test
+@fused
 def test_what_is_not_contiguous_is_read_where_it_lies():
     from spikeform.neurons.triton.oat import oat_pack
 
@@ -127,7 +106,7 @@ def within_a_unit(values, expected, bits, noise=0.0, equal=0.99):
     assert float((values == expected).float().mean()) >= equal
 
 
-@fused_test
+@fused
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_hg_values(name):
     from spikeform.neurons.triton.hg import hg_values
@@ -150,7 +129,7 @@ def test_hg_values(name):
     assert hg_values(x.bfloat16(), name, 8, True, -20, 12).dtype == torch.bfloat16
 
 
-@fused_test
+@fused
 def test_hg_keeps_signs_and_silence():
     from spikeform.neurons.triton.hg import hg_values
 
@@ -163,7 +142,7 @@ def test_hg_keeps_signs_and_silence():
             assert torch.equal(hg_values(x, name, 2, rounding == "nearest", -8, 3), expected)
 
 
-@fused_test
+@fused
 def test_hg_gated():
     from spikeform.neurons.triton.hg import hg_gated
 
@@ -176,7 +155,7 @@ def test_hg_gated():
         within_a_unit(values, expected, 8)
 
 
-@fused_test
+@fused
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 100), (torch.bfloat16, 64)])
 @pytest.mark.parametrize("affine", [False, True])
@@ -204,7 +183,7 @@ def test_norm(centred, dtype, size, affine):
         assert torch.equal(values, expected)
 
 
-@fused_test
+@fused
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize(("regions", "steps"), [(1, 3), (2, 16), (13, 5), (130, 2)])
 def test_few_spike(regions, steps, large, monkeypatch):
@@ -239,7 +218,7 @@ def tokens(*shape, seed=0, dtype=torch.float32):
     return x.to(dtype)
 
 
-@fused_test
+@fused
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("bits", "steps"), [(4, 1), (4, 2), (2, 16), (6, 2)])
 def test_gif_integers(bits, steps, dtype):
@@ -256,7 +235,7 @@ def test_gif_integers(bits, steps, dtype):
         assert torch.equal(units, unit)
 
 
-@fused_test
+@fused
 @pytest.mark.parametrize("channels", [(3, 1, 24), (24,), (2, 24), (2, 3, 2, 24)])
 def test_gif_pack(channels):
     from spikeform.neurons.triton.gif import gif_pack
@@ -296,13 +275,6 @@ def test_operators_dispatch_here_and_can_be_captured():
 
 
 @needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="this is the test that starts the interpreter's process")
+@not_interpreted
 def test_on_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    on_the_interpreter(__file__)

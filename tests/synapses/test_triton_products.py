@@ -3,28 +3,18 @@
 Without a CUDA device the same tests run on Triton's interpreter, in a process of their own.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels import DEVICE, INTERPRETED, fused, let_bounds_be_scalars, needs_triton, not_interpreted, on_the_interpreter
 from spikeform.neurons import GIF, MT, OAT
 from spikeform.neurons.oat import ROUNDINGS
 from spikeform.spikes import Radix2
 from spikeform.synapses import IntegerWeight, linear
 from spikeform.synapses.fused import pack_nibbles
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-fused = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="runs on a CUDA device, or in the interpreter's process"
-)
 
 
 @pytest.fixture
@@ -32,21 +22,8 @@ def products(monkeypatch):
     from spikeform.synapses.triton import products
 
     if INTERPRETED:
-        _loops(monkeypatch)
+        let_bounds_be_scalars(monkeypatch)
     return products
-
-
-def _loops(monkeypatch):
-    """Let the interpreter loop to a bound that is a kernel's argument: NumPy takes no array of one for an integer."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 def real(*shape, seed=0, dtype=torch.float32):
@@ -92,7 +69,6 @@ def population(steps, rounding, two, powers=False):
     return MT(coding, (2.0 if powers else 1.7,), rounding)
 
 
-@needs_triton
 @fused
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize(
@@ -129,7 +105,6 @@ def test_oat_linear(products, rounding, shape, columns, dtype, steps, two, singl
     assert bool(((y - exact).abs() <= exact.abs() * within + size * cut * 2.0**-15).all())
 
 
-@needs_triton
 @fused
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("steps", [7, 8, 14, 15, 16])
@@ -156,7 +131,6 @@ def _exact(train):
     return replace(train, codes=train.codes.to(torch.int32), exact=True)
 
 
-@needs_triton
 @fused
 @pytest.mark.parametrize(("bits", "steps"), [(4, 1), (4, 8), (6, 2)])
 @pytest.mark.parametrize(
@@ -191,7 +165,6 @@ def test_gif_linear(products, bits, steps, shape, columns, packed):
     assert torch.equal(y, narrowed(expected, x.dtype))
 
 
-@needs_triton
 @fused
 @pytest.mark.parametrize("zeros", [0.6, 1.0])
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4", "fp32 x int8"])
@@ -216,7 +189,6 @@ def test_event_product(products, zeros, kind, shape, columns):
     assert torch.equal(products.event_product(*sent_to(values, stored), None, columns).cpu() * scale, expected)
 
 
-@needs_triton
 @fused
 def test_no_rows(products):
     codes, scale = weights(8, 64)
@@ -231,13 +203,6 @@ def test_no_rows(products):
 
 
 @needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="this is the test that starts the interpreter's process")
+@not_interpreted
 def test_on_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    on_the_interpreter(__file__)
