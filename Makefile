@@ -24,8 +24,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/pyrefly check
 
-# torch first, so that what follows finds it there and takes no other build.
-$(STAMP): pyproject.toml
+# torch first, so that what follows finds it there and takes no other build. The sources of the compiled library count
+# too: one that was built from others is not used.
+$(STAMP): pyproject.toml hatch_build.py $(wildcard src/spikeform/native/csrc/*)
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH)
 	$(BIN)/python -m pip install --quiet -e '.[dev,eval,train]'

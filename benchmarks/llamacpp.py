@@ -7,9 +7,10 @@
 22 layers of width 2048, 32 query heads, 4 key/value heads, 5632 hidden units, 32,000 tokens. Weights are random, and
 tokens too: speed does not depend on their values (files repeat the weights of one layer in all). llama.cpp runs in a
 process of its own, kept alive, by its C interface; rounds of all models take turns, and no two run at once. Prefill is
-one pass over the prompt into an empty cache, last logits alone; decoding one token at a time. Medians of rounds (of
-the tokens of a round, too). ``bytes`` of ours are those of all parameters and buffers but the input embedding, 4-bit
-weights as the kernels read them; of llama.cpp those of its file.
+one eager pass over the prompt into an empty static cache, last logits alone; decoding one token at a time, eager or
+compiled by ``torch.compile(fullgraph=True)``. Medians of rounds (of the tokens of a round, too). ``bytes`` of ours are
+those of all parameters and buffers but the input embedding, 4-bit weights as the kernels read them; of llama.cpp those
+of its file.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 import transformers
 from decode_7b import THRESHOLDS, weight_bytes
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 import spikeform
 
@@ -134,17 +135,31 @@ def ours(layers: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def our_round(model: Any, ids: Tensor, new: int) -> list[float]:
-    """Seconds of the prefill, and of a token."""
-    begin = time.perf_counter()
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    prefill = time.perf_counter() - begin
-    gaps = []
-    for step in range(new):
+class Ours:
+    """A model as transformers runs it: a static cache, decoding compiled or eager.
+
+    Args:
+        model: Dense or spiking.
+        length: Tokens that the cache holds.
+        compiled: Compile a decoding step (once, before anything is timed).
+    """
+
+    def __init__(self, model: Any, length: int, compiled: bool) -> None:
+        self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=length)
+        self.step = torch.compile(model.forward, fullgraph=True, dynamic=False) if compiled else model.forward
+
+    def round(self, ids: Tensor, new: int) -> list[float]:
+        """Seconds of the prefill, and of a token."""
+        self.cache.reset()
         begin = time.perf_counter()
-        out = model(input_ids=torch.tensor([[17 + step]]), past_key_values=out.past_key_values, use_cache=True)
-        gaps.append(time.perf_counter() - begin)
-    return [prefill, statistics.median(gaps)]
+        self.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1)
+        prefill = time.perf_counter() - begin
+        gaps = []
+        for step in range(new):
+            begin = time.perf_counter()
+            self.step(input_ids=torch.tensor([[17 + step]]), past_key_values=self.cache)
+            gaps.append(time.perf_counter() - begin)
+        return [prefill, statistics.median(gaps)]
 
 
 class Theirs:
@@ -195,18 +210,23 @@ def main() -> None:
             partial = file.with_suffix(".partial")
             write_gguf(partial, kind, args.layers)
             partial.rename(file)
-    theirs, models = Theirs(args.python, args.threads), ours(args.layers, getattr(torch, args.dtype))
+    theirs, length = Theirs(args.python, args.threads), args.prompt + args.new
+    models = {
+        f"{name}{', compiled' if compiled else ''}": Ours(model, length, compiled)
+        for name, model in ours(args.layers, getattr(torch, args.dtype)).items()
+        for compiled in (False, True)
+    }
     ids = torch.randint(SHAPE["vocab_size"], (1, args.prompt), generator=torch.Generator().manual_seed(SEED))
     times: dict[str, list[list[float]]] = {}
     for turn in range(args.rounds + 1):
         found = {f"llama.cpp {kind}": theirs.round(file, ids, args.new) for kind, file in files.items()}
-        found |= {name: our_round(model, ids, args.new) for name, model in models.items()}
+        found |= {name: model.round(ids, args.new) for name, model in models.items()}
         if turn:
             for name, pair in found.items():
                 times.setdefault(name, []).append(pair)
     theirs.close()
     sizes = {f"llama.cpp {kind}": file.stat().st_size for kind, file in files.items()}
-    sizes |= {name: weight_bytes(model) for name, model in models.items()}
+    sizes |= {name: weight_bytes(own.model) for name, own in models.items()}
     rows = []
     for name, pairs in times.items():
         prefill, decode = (statistics.median(values) for values in zip(*pairs, strict=True))

@@ -1,6 +1,5 @@
 """The compiled library: building, finding and loading it."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -38,7 +37,8 @@ def test_builds_once_and_anew_when_a_source_changes(elsewhere):
     first = made.stat().st_mtime_ns
     assert builder.build() == made
     assert made.stat().st_mtime_ns == first
-    os.utime(elsewhere / "csrc" / "common.cpp", (first / 1e9 + 5, first / 1e9 + 5))
+    with (elsewhere / "csrc" / "common.cpp").open("a") as source:
+        source.write("// more\n")
     assert builder.build() == made
     assert made.stat().st_mtime_ns > first
     assert [path.name for path in elsewhere.iterdir() if path.name.startswith("_")] == ["_spikeform.so"]
@@ -70,6 +70,24 @@ def test_says_why_there_is_none(monkeypatch, tmp_path):
     assert "does not load" in home.why()
     monkeypatch.undo()
     home._load.cache_clear()
+
+
+@needs_compiler
+def test_refuses_a_library_of_other_sources(elsewhere, monkeypatch):
+    home = import_module("spikeform.native.library")
+    monkeypatch.setattr(home, "PLACE", builder.build())
+    monkeypatch.setattr(home, "SOURCES", builder.SOURCES)
+    try:
+        home._load.cache_clear()
+        assert home.library() is not None
+        (elsewhere / "csrc" / "more.h").write_text("// another source\n")
+        home._load.cache_clear()
+        assert home.library() is None
+        assert "other sources" in home.why()
+        assert BUILD in home.why()
+    finally:
+        monkeypatch.undo()
+        home._load.cache_clear()
 
 
 @needs_library

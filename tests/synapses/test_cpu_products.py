@@ -59,6 +59,10 @@ def parameters(neuron):
     return neuron.coding.limit, neuron.coding.resolution, ROUNDINGS.index(neuron.rounding)
 
 
+# Rows: few, then those that fill panels of 8 or 16 not at all, in part and whole, in one tile or several.
+# Inputs and outputs: multiples of a word, a line and a step, and not; more inputs than a pass over a tile takes.
+PANELS = [(9, 5, 1), (13, 64, 48), (16, 130, 96), (20, 65, 49), (33, 257, 97), (72, 63, 7), (100, 128, 50)]
+PANELS += [(130, 2051, 13)]
 SHAPES = [(1, 64, 32), (1, 200, 37), (2, 31, 5), (3, 257, 66), (5, 640, 33), (7, 96, 40), (35, 130, 70), (0, 64, 8)]
 
 
@@ -79,8 +83,27 @@ def test_oat_with_integer_weights_has_the_temporal_sums(shape, kind, steps):
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("shape", PANELS)
+@pytest.mark.parametrize("outliers", ["none", "few columns", "anywhere"])
+@pytest.mark.parametrize("steps", [7, 15])
+@pytest.mark.usefixtures("level_in_use")
+def test_many_rows_have_exact_sums(shape, outliers, steps):
+    (M, K, N), neuron = shape, population("oat", steps, "nearest")
+    x, weight = random(M, K).clamp(-0.99, 0.99), integers(N, K).to(torch.int8)
+    if outliers == "anywhere":
+        x = x * 3
+    elif outliers == "few columns":
+        x[:, :: max(K // 4, 1)] *= 9
+    weight[0], x[M // 2] = -128, -0.99  # the largest sums there are
+    scale, bias = random(N, seed=2), random(N, seed=3)
+    sums = [part.double() @ weight.double().T for part in branches(neuron.encode(x))]
+    unit = neuron.threshold / neuron.coding.resolution
+    wanted = sum(s.float() * scale * u for s, u in zip(sums, unit, strict=True)) + bias
+    assert torch.equal(fused.oat_linear_int(x, weight, scale, bias, neuron.threshold, *parameters(neuron)), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 200, 37), (3, 66, 9), (12, 64, 40)])
+@pytest.mark.parametrize("shape", [(1, 200, 37), (3, 66, 9), (12, 64, 40), (30, 90, 50)])
 @pytest.mark.usefixtures("level_in_use")
 def test_half_precision_and_no_bias(shape, dtype):
     M, K, N = shape
@@ -125,7 +148,7 @@ def gif(K, bits, steps, seed=5):
     return neuron
 
 
-@pytest.mark.parametrize("shape", [*SHAPES[1:], (1, 64, 3), (2, 128, 40), (1, 192, 35), (3, 320, 33)])
+@pytest.mark.parametrize("shape", [*SHAPES[1:], *PANELS, (1, 64, 3), (2, 128, 40), (1, 192, 35), (3, 320, 33)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("bits", "steps"), [(4, 1), (4, 8), (6, 2)])
 @pytest.mark.usefixtures("level_in_use")

@@ -31,7 +31,7 @@ from spikeform.layers.rotation import rotate_heads
 from spikeform.neurons import GIF, MT, Dynamic, FixedPointHG, Neuron
 from spikeform.neurons.fused import gif_pack, oat_pack
 from spikeform.neurons.gif import GifForm
-from spikeform.neurons.neuron import recorder
+from spikeform.neurons.neuron import entry, recorder
 from spikeform.neurons.oat import OatForm
 from spikeform.spikes import SpikeTrain
 from spikeform.spikes.trace import observer
@@ -124,8 +124,8 @@ class SpikingAttention(nn.Module):
 
     def pack(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Real keys and values ``[B, G, S, E]`` as a cache holds them: packed codes."""
-        keys = self._rotated(keys)
-        return _pack(self.key, keys), _pack(self.value, values)
+        own = self._modules
+        return _pack(entry(self, own, "key"), self._rotated(keys)), _pack(entry(self, own, "value"), values)
 
     def _fused(
         self, q_BHLE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, scaling: float
@@ -133,10 +133,9 @@ class SpikingAttention(nn.Module):
         """All of it as one operator, or None where there is none."""
         if not fusible(q_BHLE, k_BGSE, v_BGSE):
             return None
-        neurons = (self.query, self.key, self.value, self.probability)
-        forms = tuple(neuron.closed_form() for neuron in neurons)
-        known = self._known  # found once, until a form changes
-        if known is None or any(a is not b for a, b in zip(known[0], forms, strict=True)):
+        own, known = self._modules, self._known
+        forms = tuple([entry(self, own, name).closed_form() for name in ("query", "key", "value", "probability")])
+        if known is None or not all(map(_same, known[0], forms)):  # found once, until a form changes
             known = self._known = forms, _oat_parameters(self, *forms), _gif_parameters(self, *forms)
         _, oat, gif = known
         if oat is None and gif is None:
@@ -145,10 +144,11 @@ class SpikingAttention(nn.Module):
             k_BGSE, v_BGSE = self.pack(k_BGSE, v_BGSE)
         if oat is not None:
             return oat_attention(q_BHLE, k_BGSE, v_BGSE, mask, scaling, *oat)
-        return gif_attention(q_BHLE, k_BGSE, v_BGSE, mask, scaling, self.signs, *gif)
+        return gif_attention(q_BHLE, k_BGSE, v_BGSE, mask, scaling, entry(self, self._buffers, "signs"), *gif)
 
     def _rotated(self, x: Tensor) -> Tensor:
-        return x if self.signs is None else rotate_heads(x, self.signs)
+        signs = entry(self, self._buffers, "signs")
+        return x if signs is None else rotate_heads(x, signs)
 
     def _query(self, q_BGLE: Tensor) -> SpikeTrain:
         scale = _channel_scale(self.key)
@@ -196,6 +196,11 @@ def _gif_parameters(attention: SpikingAttention, query: Any, key: Any, value: An
         return None
     tables = [x for form in (query, key, value) for x in (form.top, form.multiple, form.steps)]
     return *tables, query.levels, probability
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two closed forms are one; of those that hold tensors each neuron keeps its own."""
+    return a is b or (type(a) is int and a == b)
 
 
 def _pack(neuron: MT | GIF, x: Tensor) -> Tensor:

@@ -31,12 +31,16 @@ class CacheView:
         return held if held is not None and held.numel() else None
 
 
+CACHES = (Cache, CacheView)
+
+
 def through(view: Callable[[Any], CacheView], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """The arguments of a module, every cache among them behind ``view``."""
 
     def seen(value: Any) -> Any:
-        value = value.self_attention_cache if isinstance(value, EncoderDecoderCache) else value
-        return view(value) if isinstance(value, Cache | CacheView) else value
+        if not isinstance(value, CACHES):
+            return value
+        return view(value.self_attention_cache if isinstance(value, EncoderDecoderCache) else value)
 
     return tuple(seen(a) for a in args), {name: seen(value) for name, value in kwargs.items()}
 

@@ -17,6 +17,8 @@ from spikeform.layers.packed import NAMES, Form, narrow, pack, problems, unpack
 from spikeform.native import fixed
 from spikeform.neurons import GIF, MT, Neuron
 from spikeform.neurons.fused import gif_integers
+from spikeform.neurons.neuron import entry
+from spikeform.neurons.oat import OatForm
 from spikeform.synapses import fusible, linear
 from spikeform.synapses.fused import GROUP, event_product, gif_linear, oat_linear_int, pack_nibbles
 from spikeform.synapses.integer import IntegerWeight
@@ -66,7 +68,8 @@ class CodedLinear(SpikingLinear):
         self.form = Form(bits, tuple(tiers), ternary)
         self.site = site if site is not None else neuron.site if neuron is not None else ""
         self._known: tuple[tuple, IntegerWeight] | None = None
-        self._nibbles: tuple[Tensor, Tensor] | None = None
+        self._nibbles: tuple[Tensor, Tensor | None] | None = None
+        self._views: tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None = None
         del self.weight
         rows = (len(tiers), out_features)
         tier = torch.full((in_features,), 255, dtype=torch.uint8) if len(tiers) > 1 else None
@@ -119,23 +122,30 @@ class CodedLinear(SpikingLinear):
         return linear(sent, self.integer_weight(), bias, site=self.site).to(input.dtype)
 
     def _fused(self, x: Tensor) -> Tensor | None:
-        if self.weight.dtype != torch.int8 or self.tier is not None or not fusible(x, self.bias):
+        own, neuron = self._buffers, entry(self, self._modules, "neuron")
+        form = neuron.closed_form() if isinstance(neuron, MT | GIF) else None
+        weight, bias = entry(self, own, "weight"), entry(self, self._parameters, "bias")
+        if form is None or weight.dtype != torch.int8 or entry(self, own, "tier") is not None or not fusible(x, bias):
             return None
-        scale = self.scale[0]
-        if isinstance(self.neuron, MT):
-            form = self.neuron.closed_form()
-            if form is None or form.shift is not None:
+        scale, zero = self._only_tier(entry(self, own, "scale"), entry(self, own, "zero"))
+        if isinstance(form, OatForm):
+            if form.shift is not None:
                 return None
-            return oat_linear_int(x, self.weight, scale, self.bias, form.threshold, *form[2:])
-        form = self.neuron.closed_form() if isinstance(self.neuron, GIF) else None
-        if form is None:
-            return None
+            return oat_linear_int(x, weight, scale, bias, form.threshold, *form[2:])
         if self.event_rows is not None and self.visits(x):
             integers, unit = gif_integers(x, *form)
             out = event_product(integers, self.event_rows, scale, self.out_features) * unit
-            return (out if self.bias is None else out + self.bias).to(x.dtype)
-        zero = None if self.zero is None else self.zero[0]
-        return gif_linear(x, self.weight, scale, self.nibbles(), zero, self.bias, *form)
+            return (out if bias is None else out + bias).to(x.dtype)
+        return gif_linear(x, weight, scale, self.nibbles(), zero, bias, *form)
+
+    def _only_tier(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero-points ``[N]`` where there is one tier; kept, since to make a view costs as a small kernel."""
+        known = self._views
+        if torch.compiler.is_compiling():
+            return scale[0], None if zero is None else zero[0]
+        if known is None or known[0] is not scale or known[1] is not zero:
+            known = self._views = scale, zero, scale[0], None if zero is None else zero[0]
+        return known[2:]
 
     def nibbles(self) -> Tensor | None:
         """The weights and their zero-points in 4 bits (:func:`~spikeform.synapses.fused.pack_nibbles`), made once.
@@ -143,11 +153,11 @@ class CodedLinear(SpikingLinear):
         None where they do not fit.
         """
         known = self._nibbles
-        if known is not None and known[0] is self.weight:
+        if known is not None and known[0] is entry(self, self._buffers, "weight"):
             return known[1]
-        if self.zero is None or self.form.levels != [15] or self.in_features % GROUP:
-            return None
-        packed = fixed(pack_nibbles(self.weight + self.zero[0][:, None]))
+        packed = None
+        if self.zero is not None and self.form.levels == [15] and self.in_features % GROUP == 0:
+            packed = fixed(pack_nibbles(self.weight + self.zero[0][:, None]))
         self._nibbles = self.weight, packed
         return packed
 

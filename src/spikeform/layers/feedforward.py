@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from spikeform.neurons import MT, FewSpikeHG, FixedPointHG, Neuron
 from spikeform.neurons.fused import few_spike_values, hg_gated, hg_values
+from spikeform.neurons.neuron import entry
 from spikeform.synapses import fusible, hadamard
 
 
@@ -22,7 +23,7 @@ class SpikingActivation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Real ``[...]`` in, real ``[...]`` out."""
-        neuron = self.neuron
+        neuron = entry(self, self._modules, "neuron")
         if isinstance(neuron, FixedPointHG) and fusible(input):
             return hg_values(input, neuron.function, *neuron.closed_form())
         if isinstance(neuron, FewSpikeHG) and fusible(input):
@@ -51,10 +52,10 @@ class SpikingGatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Real ``[..., D]`` in, real ``[..., D]`` out."""
-        gate = self.gate_proj(x)
+        gate = entry(self, self._modules, "gate_proj")(x)
         product = self._fused(gate, x)
         if product is not None:
-            return self.down_proj(product)
+            return entry(self, self._modules, "down_proj")(product)
         if self.act is None:
             assert isinstance(self.act_fn, SpikingActivation)
             gate_train = self.act_fn.neuron(gate)
@@ -65,9 +66,12 @@ class SpikingGatedMLP(nn.Module):
 
     def _fused(self, gate: Tensor, x: Tensor) -> Tensor | None:
         """Both trains and their product as one operator, or None where there is none."""
-        bank = self.act_fn.neuron if isinstance(self.act_fn, SpikingActivation) and self.act is None else None
-        form = self.up.closed_form()
+        own = self._modules
+        act_fn, act, up = (entry(self, own, name) for name in ("act_fn", "act", "up"))
+        spikes = act is None and isinstance(act_fn, SpikingActivation)
+        bank = entry(act_fn, act_fn._modules, "neuron") if spikes else None
+        form = up.closed_form()
         if not isinstance(bank, FixedPointHG) or form is None or form.shift is not None or not fusible(gate):
             return None
-        up = self.up_proj(x)
-        return hg_gated(gate, up, bank.function, *bank.closed_form(), form.threshold, *form[2:])
+        other = entry(self, own, "up_proj")(x)
+        return hg_gated(gate, other, bank.function, *bank.closed_form(), form.threshold, *form[2:])

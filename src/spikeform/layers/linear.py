@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spikeform.neurons import MT, Neuron
 from spikeform.neurons.fused import oat_values
+from spikeform.neurons.neuron import entry
 from spikeform.spikes import power_of_two
 from spikeform.synapses import fusible, linear
 from spikeform.synapses.fused import EVENT_ROWS, event_product, oat_linear
@@ -67,26 +68,28 @@ class SpikingLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Real ``[..., K]`` to real ``[..., N]``, in the dtype of ``input``."""
-        if self.neuron is None:
-            return super().forward(input)
         out = self._fused(input)
         if out is not None:
             return out
+        if self.neuron is None:
+            return super().forward(input)
         train = self.neuron(input)
         bias = None if self.bias is None else self.bias.to(train.quantum.dtype)
         return linear(train, self.weight, bias, site=self.neuron.site).to(input.dtype)
 
     def _fused(self, x: Tensor) -> Tensor | None:
         """Neuron and synapse as one operator, or None where there is none."""
-        if not (isinstance(self.neuron, MT) and x.dtype == self.weight.dtype and fusible(x, self.weight, self.bias)):
+        own, neuron = self._parameters, entry(self, self._modules, "neuron")
+        if not isinstance(neuron, MT):
             return None
-        form = self.neuron.closed_form()
-        if form is None:
+        weight, bias = entry(self, own, "weight"), entry(self, own, "bias")
+        form = neuron.closed_form()
+        if form is None or x.dtype != weight.dtype or not fusible(x, weight, bias):
             return None
         if self.event_rows is not None and self.visits(x):
             out = event_product(oat_values(x, *form, False), self.event_rows, None, self.out_features)
-            return (out if self.bias is None else out + self.bias).to(x.dtype)
-        return oat_linear(x, self.weight, self.bias, *form, self.neuron.single(x.dtype))
+            return (out if bias is None else out + bias).to(x.dtype)
+        return oat_linear(x, weight, bias, *form, neuron.single(x.dtype))
 
     def visits(self, x: Tensor) -> bool:
         """Whether so few rows go to the event executor, which :attr:`event_rows` allows."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spikeform.neurons import MT, FixedPointHG, Neuron
 from spikeform.neurons.fused import hg_norm
+from spikeform.neurons.neuron import entry
 from spikeform.synapses import fusible, hadamard
 
 
@@ -64,15 +65,18 @@ class SpikingNorm(nn.Module):
 
     def _fused(self, x: Tensor) -> Tensor | None:
         """The whole layer as one operator, or None where there is none."""
-        if not (isinstance(self.square, FixedPointHG) and isinstance(self.inverse_sqrt, FixedPointHG)):
+        neurons, own = self._modules, self._parameters
+        square, inverse_sqrt = entry(self, neurons, "square"), entry(self, neurons, "inverse_sqrt")
+        if not (isinstance(square, FixedPointHG) and isinstance(inverse_sqrt, FixedPointHG)):
             return None
-        form, bank = self.neuron.closed_form(), self.square.closed_form()
-        if form is None or form.shift is not None or bank != self.inverse_sqrt.closed_form():
+        form, bank = entry(self, neurons, "neuron").closed_form(), square.closed_form()
+        if form is None or form.shift is not None or bank != inverse_sqrt.closed_form():
             return None
-        if not fusible(x, self.weight, self.bias):
+        weight, bias = entry(self, own, "weight"), entry(self, own, "bias")
+        if not fusible(x, weight, bias):
             return None
         how = self.eps, self.centred, self.gain_offset
-        return hg_norm(x, self.weight, self.bias, *how, form.threshold, *form[2:], *bank)
+        return hg_norm(x, weight, bias, *how, form.threshold, *form[2:], *bank)
 
     def extra_repr(self) -> str:
         """Kind and eps."""

@@ -5,6 +5,7 @@ The library has a plain C interface, so it depends on the ABI of neither Python 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -29,11 +30,19 @@ def compiler() -> str | None:
     return next((found for name in wanted if (found := shutil.which(name))), None)
 
 
+def digest(folder: Path) -> str:
+    """Of the sources in ``folder``; a library says of which it was built."""
+    found = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
+
+
 def build(force: bool = False) -> Path | None:
     """Compile ``csrc/*.cpp`` into the library beside this file. Raises nothing: it prints one line if it cannot.
 
     Args:
-        force: Also where the library is newer than its sources.
+        force: Also where the library is of these sources already.
 
     Returns:
         The library, or None: spikeform then runs on PyTorch's own operations.
@@ -42,12 +51,12 @@ def build(force: bool = False) -> Path | None:
     if platform.system() == "Windows" or found is None:
         _say("found no C++ compiler ($CXX, g++, clang++); spikeform will run on PyTorch's own operations")
         return None
-    newest = max(path.stat().st_mtime for path in SOURCES.iterdir())
-    if not force and PLACE.exists() and PLACE.stat().st_mtime > newest:
+    sources = digest(SOURCES)
+    if not force and PLACE.exists() and sources.encode() in PLACE.read_bytes():
         return PLACE
     error = ""
     for openmp in ([OPENMP], []):
-        error = _compile(found, [*FLAGS, *openmp])
+        error = _compile(found, [*FLAGS, f'-DSF_SOURCES="{sources}"', *openmp])
         if not error:
             _say(f"built {PLACE} with {found}" + ("" if openmp else ", which has no OpenMP: it runs on one thread"))
             return PLACE

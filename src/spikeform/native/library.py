@@ -11,6 +11,7 @@ from typing import Any
 import torch  # noqa: F401  # before the library, so that one OpenMP runtime, PyTorch's, serves both
 
 PLACE = Path(__file__).parent / "_spikeform.so"
+SOURCES = Path(__file__).parent / "csrc"
 BUILD = "python -m spikeform.native.build"
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
@@ -20,9 +21,23 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if not PLACE.exists():
         return None, f"it is not built: run `{BUILD}` where there is a C++ compiler"
     try:
-        return ctypes.CDLL(str(PLACE)), "built at installation"
+        found = ctypes.CDLL(str(PLACE))
     except OSError as error:
         return None, f"{PLACE} does not load (`{BUILD}` builds it anew): {error}"
+    # Of other sources its functions may take other arguments.
+    from spikeform.native.build import digest  # here: `-m` must find it unimported
+
+    if SOURCES.is_dir() and _sources_of(found) != digest(SOURCES):
+        return None, f"{PLACE} was built from other sources than those beside it: run `{BUILD}`"
+    return found, "built at installation"
+
+
+def _sources_of(found: ctypes.CDLL) -> str:
+    tell = getattr(found, "spikeform_sources", None)
+    if tell is None:
+        return ""
+    tell.argtypes, tell.restype = [], ctypes.c_char_p
+    return tell().decode()
 
 
 def library() -> ctypes.CDLL | None:

@@ -31,13 +31,15 @@ def define(schema: str, fake: Callable[..., Any], cpu: str, cuda: str) -> Any:
         _LIBRARY.impl(name, _when_called(place), key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-    direct = {"cpu": _when_called(cpu), "cuda": _when_called(cuda)}
+    direct: dict[bool, Callable[..., Any]] = {}
 
     def call(x: torch.Tensor, *args: Any) -> Any:
         # The dispatcher takes as long as a small kernel: only what it has to see goes through it.
-        run = direct.get(x.device.type)
-        if run is None or type(x) is not torch.Tensor or torch.compiler.is_compiling():
+        if type(x) is not torch.Tensor or not (x.is_cpu or x.is_cuda) or torch.compiler.is_compiling():
             return operator(x, *args)
+        run = direct.get(x.is_cpu)
+        if run is None:
+            run = direct[x.is_cpu] = _imported(cpu if x.is_cpu else cuda)
         return run(x, *args)
 
     return call
@@ -52,13 +54,17 @@ def fixed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _when_called(place: str) -> Callable[..., Any]:
+def _imported(place: str) -> Callable[..., Any]:
     module, _, function = place.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _when_called(place: str) -> Callable[..., Any]:
     found: list[Callable[..., Any]] = []
 
     def run(*args: Any) -> Any:
         if not found:
-            found.append(getattr(importlib.import_module(module), function))
+            found.append(_imported(place))
         return found[0](*args)
 
     return run

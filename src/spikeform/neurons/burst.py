@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spikeform.errors import SpikeformError
 from spikeform.native import fixed
-from spikeform.neurons.neuron import ThresholdNeuron
+from spikeform.neurons.neuron import ThresholdNeuron, entry
 from spikeform.spikes import Burst
 
 
@@ -79,7 +79,7 @@ class BurstNeuron(ThresholdNeuron):
         Raises:
             SpikeformError: Not calibrated.
         """
-        times = self.times
+        times = entry(self, self._buffers, "times")
         if torch.compiler.is_compiling():
             return self._of_times() if self._known is None or self._known[0] is not times else self._known[2]
         version = None if times.is_inference() else times._version

@@ -38,6 +38,14 @@ def unseen(_neuron: Neuron, _x: Tensor) -> None:
     """The recorder that looks at nothing: uncalibrated neurons pass their input on, the others fire as ever."""
 
 
+def entry(module: nn.Module, table: dict[str, Any], name: str) -> Any:
+    """``module.name``, out of ``table`` (its ``_parameters``, ``_buffers`` or ``_modules``) if it is there.
+
+    What a module does to find an attribute takes as long as a small kernel, and layers ask for several at each token.
+    """
+    return table[name] if name in table else getattr(module, name)
+
+
 class Neuron(nn.Module):
     """A module from real inputs to spikes. It has no state between calls.
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spikeform.neurons.neuron import ThresholdNeuron, recorder
+from spikeform.neurons.neuron import ThresholdNeuron, entry, recorder
 from spikeform.spikes import Coding, SpikeTrain, power_of_two
 from spikeform.spikes.trace import Firing, observer
 
@@ -165,12 +165,13 @@ class MT(ThresholdNeuron):
 
         None where no kernel sends the same: a coding with gaps, or channel shifts that the weights do not carry.
         """
-        if not self.coding.dense or (self.channel_shift is not None and not self.folded):
+        own, form = self._buffers, self._form
+        threshold, shift = entry(self, own, "threshold"), entry(self, own, "channel_shift")
+        if not self.coding.dense or (shift is not None and not self.folded):
             return None
-        form = self._form  # kept until a threshold changes: one is made for each token otherwise
-        if form is None or form.threshold is not self.threshold or form.shift is not self.channel_shift:
+        if form is None or form.threshold is not threshold or form.shift is not shift:  # kept until one changes
             rounding = ROUNDINGS.index(self.rounding)
-            form = OatForm(self.threshold, self.channel_shift, self.limit, self.coding.resolution, rounding)
+            form = OatForm(threshold, shift, self.limit, self.coding.resolution, rounding)
             self._form = form
         return form
 

@@ -16,6 +16,7 @@ from spikeform.neurons.neuron import recorder
 from spikeform.spikes.trace import observer
 
 EXECUTORS = ("temporal", "collapsed", "event")
+FUSED = (torch.float32, torch.bfloat16)  # what kernels take
 _forced: ContextVar[str | None] = ContextVar("spikeform_executor", default=None)
 
 
@@ -72,11 +73,12 @@ def fusible(x: Tensor, *parameters: Tensor | None) -> bool:
         x: The neuron's input.
         parameters: What else a gradient might be wanted for.
     """
-    if x.dtype not in (torch.float32, torch.bfloat16) or forced() is not None:
+    # Asked several times a layer for each token: the cheapest questions come first, and each is asked once.
+    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in parameters)):
         return False
-    if recorder() is not None or observer() is not None or not kernels(x.device.type)[0]:
+    if forced() is not None or recorder() is not None or observer() is not None:
         return False
-    return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, *parameters))
+    return x.dtype in FUSED and kernels("cpu" if x.is_cpu else x.device.type)[0]
 
 
 @assume_constant_result

@@ -45,7 +45,8 @@ def oat_attention(
         exp, reciprocal = (bank(name, bits, nearest, low, high) if bits else None for name in ("exp", "reciprocal"))
         return SpikingAttention(queries, keys, values, weights, exp, reciprocal)(q, k, v, mask, scaling)
     q, k, v, (mask, hidden) = _dense(q), _dense(k), _dense(v), _mask(mask)
-    out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3]))
+    batch, heads, length, size = q.shape
+    out = q.new_empty(batch, length, heads, size)
     query, key, value, probability = query.contiguous(), key.contiguous(), value.contiguous(), probability.contiguous()
     sizes = _sizes(q, k, v, mask, q.dtype)
     run(

@@ -1,0 +1,201 @@
+"""The GPU's part of speed_tables.py: whole models of 7B shapes, encoders, attention, products."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fas_costs import read, table
+from speed_cpu import number, paragraph, rows_of, source
+
+# Of the dense model's time: what a decoding step was meant to stay below.
+DECODE_BARS = {"las16": 0.85, "las15-int8": 0.50, "w4a4": 0.32}
+KINDS = {
+    "oat": "OAT, T = 16, bf16 weights",
+    "single": "OAT, one plane, bf16 weights",
+    "oat_int8": "OAT, T = 8, W8",
+    "oat_int16": "OAT, T = 16, W8",
+    "gif8": "GIF, W8",
+    "gif4": "GIF, W4",
+    "bf16": "PyTorch, bf16",
+    "int8": "PyTorch `_int_mm`, int8",
+    "fp8": "PyTorch `_scaled_mm`, FP8",
+}
+SHAPE = (4096, 11008)
+ROWS = (1, 4, 16, 64, 512, 2048)
+DECODE_WORDS = """In brackets: over the dense model's time. *step*: one compiled forward pass with a static cache, again
+and again; *generate*: what one token of `model.generate(cache_implementation="static")` takes, transformers' own
+Python included. *GPU alone*: of the compiled prefill. *moved*: the largest difference of a step's logits, compiled,
+from eager ones, over the largest logit. Random weights and tokens, {dtype}, prompt of {prompt} tokens, medians of
+{repeat} rounds, a process each; the whole protocol is in the file."""
+ENCODER_WORDS = """Microseconds of one call in a CUDA graph, bf16, width 4096, buffers not in a cache; in brackets the
+time over that of a copy of as many bytes. *eager call*: what one call of a row costs the host outside a graph. Each
+result was compared with the neuron's own operations on the same GPU: {equal}."""
+ATTENTION_WORDS = """Microseconds of one call in a CUDA graph; heads of 128, caches not in the processor's cache. *OAT*:
+T = 16, HG softmax, free thresholds; *powers*: thresholds that are powers of two; *GIF*: 4 bits, rotated, real softmax.
+PyTorch's `scaled_dot_product_attention` reads real keys in bf16. **Attention is slower than PyTorch's**: OAT is faster
+in {faster} of {all} cases by more than 5%. With many queries ours take {low:.1f} to {high:.1f} times as long, with one
+and a full cache {one:.1f} to {ten:.1f} times."""
+PRODUCT_WORDS = """Microseconds of one call in a CUDA graph, {inner} inputs and {outer} outputs, weights not in a cache,
+the best cut found. PyTorch's products are given codes; ours encode real input. FP8 is not exact for integers (see
+above) and shown for its speed alone."""
+
+
+def title(variant: str) -> str:
+    """A variant as tables show it."""
+    if variant.startswith("las"):
+        steps, *rest = variant.removeprefix("las").split("-")
+        extra = {"int8": "int8 weights", "free": "free thresholds", "head": "spiking head"}
+        rest = rest or ["powers of two"]
+        return ", ".join([f"LAS, T = {steps}", *(extra.get(word, word) for word in rest)])
+    bits, _, steps = variant.partition("-t")
+    return f"SpikeLLM {bits.upper()}, T = {steps or '2 for 10%'}" if variant.startswith("w4") else variant
+
+
+def decode_files(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Runs of whole models: of each shape the one with the most layers."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for path in sorted(folder.glob("decode-7b*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        shape = data["settings"]["shape"]
+        if shape not in found or data["settings"]["layers"] > found[shape][1]["settings"]["layers"]:
+            found[shape] = path.name, data
+    return list(found.values())
+
+
+def decode_rows(data: dict[str, Any]) -> list[list[str]]:
+    """A row for each variant that ran."""
+    rows = [row for row in data["rows"] if "error" not in row]
+    dense = next((row for row in rows if row["variant"] == "dense"), None)
+    found = []
+    for row in rows:
+        decode, prefill = row["decode"], row.get("prefill", {})
+        cells = [title(row["variant"])]
+        for part, own in (
+            (decode, "step"),
+            (decode, "generate"),
+            (prefill, "eager"),
+            (prefill, "compiled"),
+        ):
+            base = None if dense is None else dense["decode" if part is decode else "prefill"].get(own)
+            value = part.get(own)
+            over = "" if base is None or value is None else f" ({value['ms'] / base['ms']:.2f})"
+            cells.append("" if value is None else f"{value['ms']:.3f}{over}")
+        alone = row.get("gpu_time_ms", {}).get("prefill_compiled")
+        cells += [
+            "" if alone is None else f"{alone:.2f}",
+            f"{row['weight_bytes'] / 2**30:.2f}",
+            number(row["GB_per_s"]),
+        ]
+        found.append([*cells, f"{decode['difference']:.3f}"])
+    return found
+
+
+def bars(data: dict[str, Any]) -> str:
+    """What was aimed at, and whether it was reached."""
+    step = {r["variant"]: r["decode"]["step"]["ms"] for r in data["rows"] if "error" not in r}
+    if "dense" not in step:
+        return ""
+    told = []
+    for variant, bar in DECODE_BARS.items():
+        if variant in step:
+            share = step[variant] / step["dense"]
+            told.append(f"{title(variant)}: {bar:.2f}, is {share:.2f}, {'met' if share <= bar else '**missed**'}")
+    return f"Aims for a step, in times the dense model's: {'; '.join(told)}." if told else ""
+
+
+def models(folder: Path) -> list[str]:
+    """Whole models beside the dense ones."""
+    lines = []
+    for name, data in decode_files(folder):
+        settings = data["settings"]
+        head = ["model", "step, ms", "generate, ms", f"prefill {settings['prefill']}, eager, ms", "compiled, ms"]
+        head += ["GPU alone", "GiB read a token", "GB/s of a step", "moved"]
+        lines += [
+            f"### {settings['layers']} layers of {settings['shape']}, batch 1",
+            "",
+            *table(head, decode_rows(data)),
+        ]
+        failed = [f"{title(row['variant'])} did not run" for row in data["rows"] if "error" in row]
+        for words in (DECODE_WORDS.format(**settings), bars(data), data.get("note", "")):
+            lines += paragraph(words) if words else []
+        lines += paragraph("; ".join(failed) + "." if failed else "", source(data, name))
+    return lines
+
+
+def encoders(folder: Path) -> list[str]:
+    """Neurons beside a copy."""
+    name = "gpu-encoders.json"
+    data = read(folder, name)
+    if data is None:
+        return []
+    known = {(row["operator"], row["rows"]): row for row in data["rows"] if row["width"] == 4096}
+    counts, rows = (1, 64, 2048), []
+    for operator in dict.fromkeys(operator for operator, _ in known):
+        found = [known.get((operator, count)) for count in counts]
+        cells = ["" if row is None else f"{row['us']:.1f} ({row['ratio']:.2f})" for row in found]
+        rows.append([operator, *cells, number(found[0]["call_us"]) if found[0] else ""])
+    unequal = [row for row in data["rows"] if not row["equal"]]
+    equal = "equal, bit for bit"
+    if unequal:
+        which = ", ".join(dict.fromkeys(f"`{row['operator']}`" for row in unequal))
+        share = min(row["share"] for row in unequal)
+        codes = max(1, int(2 * max(row["worst_units"] for row in unequal)))  # a unit is one code or two
+        equal += f", but for {which}: there {share:.1%} or more are equal, and the others at most {codes} code off"
+    lines = ["### Neurons and norms", "", *table(["operator", *(rows_of(c) for c in counts), "eager call"], rows)]
+    return [*lines, *paragraph(ENCODER_WORDS.format(equal=equal), source(data, name))]
+
+
+def attention(folder: Path) -> list[str]:
+    """Attention beside PyTorch's."""
+    name = "gpu-attention.json"
+    data = read(folder, name)
+    if data is None:
+        return []
+    rows = []
+    for row in data["times"]:
+        cache = f"{row['S']}" + (f" of {row['slots']}" if row["slots"] != row["S"] else "")
+        cells = [str(row["L"]), cache, f"{row['H']} / {row['G']}"]
+        rows.append(cells + [number(row[f"{kind}_us"]) for kind in ("oat", "oat2", "gif", "sdpa")])
+    kinds = ("oat", "oat2", "gif")
+    full = [row for row in data["times"] if row["slots"] == row["S"]]
+    many = [row[f"{kind}_us"] / row["sdpa_us"] for row in full if row["L"] > 4 for kind in kinds]
+    few = [row[f"{kind}_us"] / row["sdpa_us"] for row in full if row["L"] == 1 for kind in kinds]
+    faster = sum(row["oat_us"] < 0.95 * row["sdpa_us"] for row in data["times"])
+    shares = {"low": min(many), "high": max(many), "one": min(few), "ten": max(few)}
+    words = ATTENTION_WORDS.format(faster=faster, all=len(rows), **shares)
+    head = ["queries", "keys", "heads / key heads", "OAT", "powers", "GIF", "PyTorch, bf16"]
+    return ["### Attention", "", *table(head, rows), *paragraph(words, source(data, name))]
+
+
+def products(folder: Path) -> list[str]:
+    """Products beside PyTorch's, and events."""
+    name = "gpu-products.json"
+    data = read(folder, name)
+    if data is None:
+        return []
+    outer, inner = SHAPE
+    us: dict[tuple[str, int], float] = {}
+    for row in [*data["library"], *data["own"]]:
+        if (row["n"], row["k"]) == SHAPE:
+            key = row["kind"], row["m"]
+            us[key] = min(row["us"], us.get(key, row["us"]))
+    kinds = [kind for kind in KINDS if any((kind, m) in us for m in ROWS)]
+    rows = [[KINDS[kind], *(number(us.get((kind, m))) for m in ROWS)] for kind in kinds]
+    lines = ["### Linear layers", "", *table(["operator", *(rows_of(m) for m in ROWS)], rows)]
+    words = PRODUCT_WORDS.format(inner=inner, outer=outer)
+    lines += paragraph(words, "An empty cell was not measured.", data.get("note", ""), source(data, name))
+    shares = sorted({row["zeros"] for row in data["event"]})
+    rows = []
+    for kind, k in dict.fromkeys((row["kind"], row["k"]) for row in data["event"]):
+        found = {r["zeros"]: r["faster"] for r in data["event"] if (r["kind"], r["k"]) == (kind, k)}
+        rows.append([f"{k} -> 4096", kind, *(f"{found[share]:.1f}" if share in found else "" for share in shares)])
+    lines += ["### Event executor", "", *table(["inputs -> outputs", "weights", *(f"{s:.0%}" for s in shares)], rows)]
+    words = "One row, times as fast as the collapsed product of the same weights, by the share of zero integers."
+    return [*lines, *paragraph(words, source(data, name))]
+
+
+def lines(folder: Path) -> list[str]:
+    """The whole block."""
+    return [*models(folder), *encoders(folder), *attention(folder), *products(folder)]
