@@ -29,11 +29,46 @@ static int64_t split_limbs(const int32_t* codes, int64_t K, int8_t* limbs, int64
     return needed;
 }
 
+// used[k] = 1 where codes[k] is not zero; else as it is. Several threads may call it for the same places.
+static void note_used(const int32_t* codes, int64_t K, uint8_t* used) {
+    constexpr int64_t PIECE = 64;
+    for (int64_t from = 0; from < K; from += PIECE) {
+        const int64_t to = std::min(from + PIECE, K);
+        int32_t any = 0;
+        for (int64_t k = from; k < to; k++) any |= codes[k];
+        for (int64_t k = from; any && k < to; k++)
+            if (codes[k]) __atomic_store_n(used + k, 1, __ATOMIC_RELAXED);
+    }
+}
+
 // Real outputs of a row from int32 sums of three limbs (null: there is none) of each of two sub-neurons.
 // The order of factors is that of synapses/parts.py: the same real numbers bit for bit.
 template <class T>
 static void finish_row(const int32_t* const* sums, int64_t count, const float* scale, float unit0, float unit1,
                        bool gated, const float* bias, T* out) {
+    const int32_t *a = sums[0], *b = gated ? sums[3] : nullptr;
+    if (!sums[1] && !(gated && sums[4])) {  // a limb each, as a rule
+        auto run = [&](auto first, auto second, auto added) __attribute__((always_inline)) {
+            for (int64_t n = 0; n < count; n++) {
+                float y = 0.0f;
+                if (first) y += float(a[n]) * scale[n] * unit0;
+                if (second) y += float(b[n]) * scale[n] * unit1;
+                if (added) y += bias[n];
+                put(out + n, y);
+            }
+        };
+        using Yes = std::true_type;
+        using No = std::false_type;
+        if (a && b)
+            bias ? run(Yes(), Yes(), Yes()) : run(Yes(), Yes(), No());
+        else if (a)
+            bias ? run(Yes(), No(), Yes()) : run(Yes(), No(), No());
+        else if (b)
+            bias ? run(No(), Yes(), Yes()) : run(No(), Yes(), No());
+        else
+            bias ? run(No(), No(), Yes()) : run(No(), No(), No());
+        return;
+    }
     constexpr int64_t MOST = 64;
     float y[MOST];
     for (int64_t n = 0; n < count; n++) y[n] = 0.0f;

@@ -47,3 +47,9 @@ SF_API int64_t spikeform_level(int64_t wanted) {
     if (wanted >= 0) spikeform::level_in_use = std::min<int>(int(wanted), spikeform::best());
     return spikeform::level_in_use;
 }
+
+#ifndef SF_SOURCES
+#define SF_SOURCES ""
+#endif
+// The digest of the sources of which this was built.
+SF_API const char* spikeform_sources() { return SF_SOURCES; }

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -77,6 +78,8 @@ static inline Oat oat(const float* threshold, int64_t populations, int64_t limit
     return p;
 }
 
+static inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
 // run(begin, end) over 0..count on so many threads, in pieces of a multiple of `grain`, a few for each thread: one that a
 // neighbour holds up leaves its share to the others. On the caller's thread alone where there is only one piece.
 template <class Run>
@@ -103,7 +106,7 @@ struct Scratch {
 };
 template <class T>
 static inline T* scratch(int slot, size_t count) {
-    static thread_local Scratch kept[8];
+    static thread_local Scratch kept[12];
     Scratch& own = kept[slot];
     size_t wanted = (count * sizeof(T) + 4095) / 4096 * 4096;
     if (own.size < wanted) {

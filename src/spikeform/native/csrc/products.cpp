@@ -8,14 +8,13 @@ using namespace spikeform;
 
 namespace {
 
-constexpr int64_t TILE = 32;        // weight rows whose sums wait for their scale
+constexpr int64_t TILE = 48;        // weight rows whose sums wait for their scale
 constexpr int64_t LIMBS = 3;        // bytes of a code, at most
 constexpr int64_t ROWS = 256;       // rows of x in a pass over the weights
 constexpr int64_t FEW = 8;          // rows up to which outliers are worth no gathering
 constexpr int64_t GROUP = 4;        // rows of a pass over real weights
 constexpr int64_t WORTH = 1 << 16;  // weight bytes below which another thread costs more than it brings
 
-int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 // Bytes from plane to plane: whole blocks, and no power of two, which would put all planes into the same cache sets.
 int64_t pitch_of(int64_t K, int64_t block) { return round_up(K, block); }
 int64_t threads_for(int64_t bytes, int64_t threads) { return std::max<int64_t>(1, std::min(threads, bytes / WORTH)); }
@@ -31,7 +30,7 @@ struct Reals {
 // A bias as fp32, or null.
 const float* floats_of(const void* bias, int64_t kind, int64_t N) {
     if (!bias || kind == FP32) return static_cast<const float*>(bias);
-    float* wide = scratch<float>(7, size_t(N));
+    float* wide = scratch<float>(11, size_t(N));
     for (int64_t n = 0; n < N; n++) wide[n] = real(static_cast<const bf16*>(bias)[n]);
     return wide;
 }
@@ -68,17 +67,51 @@ struct Finish {
     Reals out;
 };
 
+// The planes of a product whose number is worth laying them out in panels; the rest is taken plane by plane.
+class Paneled {
+  public:
+    // slot: of the scratch memory for the panels.
+    Paneled(const Planes& planes, bool packed, int64_t K, int slot, int64_t threads) : planes_(planes), K_(K) {
+        together_ = packed ? 0 : SF_PICK(paneled)(count());
+        panels_ = scratch<uint8_t>(slot, size_t(SF_PICK(panel_bytes)(together_, K)));
+        const int64_t number = SF_PICK(panels_of)(together_);
+        parallel(number, 1, threads_for(together_ * K, threads), [&](int64_t begin, int64_t end) {
+            for (int64_t p = begin; p < end; p++) SF_PICK(panel)(planes_.codes.data(), together_, K_, p, panels_);
+        });
+    }
+    int64_t count() const { return int64_t(planes_.codes.size()); }
+
+    // Sums of all planes with weight rows, into out [planes, TILE]. next: whether as many rows follow.
+    // K: where planes and weight rows may be taken to end, both zero there.
+    void dot(const uint8_t* weight, int64_t stride, int64_t K, const int16_t* zero, int64_t rows, bool next,
+             int32_t* out) const {
+        const int32_t* totals = planes_.totals.data();
+        if (together_) SF_PICK(dot_panels)(weight, stride, K_, rows, next, panels_, together_, totals, out, TILE);
+        if (together_ == count()) return;
+        const auto run = zero ? SF_PICK(dot_int4) : SF_PICK(dot_int8);
+        run(weight, stride, zero, K, rows, planes_.codes.data() + together_, count() - together_, totals + together_,
+            out + together_ * TILE, TILE);
+    }
+
+  private:
+    const Planes& planes_;
+    int64_t K_, together_;
+    uint8_t* panels_;
+};
+
 // All planes times all weights; `extra` planes go with the weights' `columns` only.
 void integer_product(const Planes& planes, const Planes& extra, const std::vector<int64_t>& columns, Weights weights,
                      const Finish& finish, int64_t from, int64_t rows, int64_t threads) {
-    const int64_t stride = weights.stride(), narrow = round_up(int64_t(columns.size()), 64), N = weights.N;
-    const int64_t own = int64_t(planes.codes.size()), more = int64_t(extra.codes.size());
-    const auto dot = weights.zero ? SF_PICK(dot_int4) : SF_PICK(dot_int8);
+    const int64_t stride = weights.stride(), K = weights.K, N = weights.N;
+    const int64_t few = int64_t(columns.size()), narrow = round_up(few, 64);
+    const Paneled main(planes, weights.zero, K, 3, threads), side(extra, false, few, 7, threads);
+    const int64_t own = main.count(), more = side.count();
     use_large_pages(weights.place, N * stride);
-    parallel(N, TILE, threads_for(N * stride * std::max<int64_t>(own / 4, 1), threads), [&](int64_t begin, int64_t end) {
+    const int64_t useful = threads_for(N * stride * std::max<int64_t>(own / 4, 1), threads);
+    parallel(N, TILE, useful, [&](int64_t begin, int64_t end) {
         int32_t* sums = scratch<int32_t>(4, size_t((own + more) * TILE));
         uint8_t* part = scratch<uint8_t>(5, size_t(TILE * narrow));
-        std::memset(part, 0, size_t(TILE * narrow));
+        if (more) std::memset(part, 0, size_t(TILE * narrow));
         const int32_t** whole = scratch<const int32_t*>(6, size_t(rows * 2 * LIMBS));
         std::fill(whole, whole + rows * 2 * LIMBS, nullptr);
         for (int64_t p = 0; p < own; p++) whole[planes.of[p].row * 2 * LIMBS + planes.of[p].slot] = sums + p * TILE;
@@ -87,13 +120,11 @@ void integer_product(const Planes& planes, const Planes& extra, const std::vecto
         for (int64_t n = begin; n < end; n += TILE) {
             const int64_t size = std::min(TILE, end - n);
             const uint8_t* place = weights.place + n * stride;
-            const int16_t* zero = weights.zero ? weights.zero + n : nullptr;
-            dot(place, stride, zero, weights.K, size, planes.codes.data(), own, planes.totals.data(), sums, TILE);
+            main.dot(place, stride, K, weights.zero ? weights.zero + n : nullptr, size, n + TILE < N, sums);
             if (more) {
                 for (int64_t r = 0; r < size; r++)
-                    for (size_t c = 0; c < columns.size(); c++) part[r * narrow + c] = place[r * stride + columns[c]];
-                dot(part, narrow, nullptr, narrow, size, extra.codes.data(), more, extra.totals.data(),
-                    sums + own * TILE, TILE);
+                    for (int64_t c = 0; c < few; c++) part[r * narrow + c] = place[r * stride + columns[c]];
+                side.dot(part, narrow, narrow, nullptr, size, false, sums + own * TILE);
             }
             for (int64_t m = 0; m < rows; m++) {
                 const float unit = finish.rows ? finish.rows[m] : finish.units[0];
@@ -137,8 +168,7 @@ void encode(const Oat& p, Reals x, int64_t from, int64_t rows, int64_t K, Planes
                 needed[m * 2 + 1] = SF_PICK(split_limbs)(normal + K, K, place + limbs * pitch, pitch,
                                                          &totals[m * 2 * LIMBS + LIMBS]);
             else if (p.gated)
-                for (int64_t k = 0; k < K; k++)
-                    if (normal[K + k]) __atomic_store_n(&hit[k], 1, __ATOMIC_RELAXED);
+                SF_PICK(note_used)(normal + K, K, hit.data());
         }
     });
     for (int64_t m = 0; m < rows; m++)
@@ -151,15 +181,24 @@ void encode(const Oat& p, Reals x, int64_t from, int64_t rows, int64_t K, Planes
     if (columns.empty()) return;
     const int64_t count = int64_t(columns.size()), narrow = round_up(count, 64);
     int8_t* outliers = scratch<int8_t>(2, size_t(rows * limbs * narrow));
-    int32_t* normal = scratch<int32_t>(1, size_t(2 * K));
-    std::vector<int32_t> chosen(static_cast<size_t>(count));
-    for (int64_t m = 0; m < rows; m++) {
-        codes_of(p, x, (from + m) * K, K, normal, normal + K);
-        for (int64_t c = 0; c < count; c++) chosen[c] = normal[K + columns[c]];
-        int8_t* place = outliers + m * limbs * narrow;
-        int64_t used = SF_PICK(split_limbs)(chosen.data(), count, place, narrow, totals.data());
-        for (int64_t l = 0; l < used; l++) extra.add(place + l * narrow, totals[l], m, LIMBS + l);
-    }
+    parallel(rows, 1, threads_for(rows * count * 8, threads), [&](int64_t begin, int64_t end) {
+        int32_t* normal = scratch<int32_t>(1, size_t(2 * count));
+        float* chosen = scratch<float>(4, size_t(count));  // of either kind
+        for (int64_t m = begin; m < end; m++) {
+            const int64_t at = (from + m) * K;
+            for (int64_t c = 0; c < count; c++)
+                if (x.kind == BF16)
+                    reinterpret_cast<bf16*>(chosen)[c] = x.halves(at)[columns[c]];
+                else
+                    chosen[c] = x.floats(at)[columns[c]];
+            codes_of(p, {chosen, x.kind}, 0, count, normal, normal + count);
+            needed[m] = SF_PICK(split_limbs)(normal + count, count, outliers + m * limbs * narrow, narrow,
+                                             &totals[m * LIMBS]);
+        }
+    });
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t l = 0; l < needed[m]; l++)
+            extra.add(outliers + (m * limbs + l) * narrow, totals[m * LIMBS + l], m, LIMBS + l);
 }
 
 }  // namespace

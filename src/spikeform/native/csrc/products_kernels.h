@@ -1,6 +1,7 @@
 // Products of a few rows with row-major weights [N, K]: one pass over the weights, whatever the number of rows.
 #include "codes_kernels.h"
 #include "simd.h"
+#include "panels.h"
 
 constexpr int64_t BLOCK = 64;    // bytes of weights that a step takes
 constexpr int64_t AHEAD = 4096;  // how far before the weights are asked for

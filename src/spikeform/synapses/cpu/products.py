@@ -36,7 +36,7 @@ def oat_linear(
     if run is None or x.dtype not in KINDS or weight.dtype not in KINDS or most < M:
         values = oat_values(x, threshold, shift, limit, resolution, rounding, narrow)
         return plain.real_product(values, weight, bias).to(x.dtype)
-    x, weight, out = x.contiguous(), weight.contiguous(), x.new_empty((*x.shape[:-1], N))
+    x, weight, out = x.contiguous(), weight.contiguous(), x.new_empty(*x.shape[:-1], N)
     run(
         *(x.data_ptr(), KINDS[x.dtype], M, K, weight.data_ptr(), KINDS[weight.dtype], N, *_bias(bias)),
         *(threshold.data_ptr(), len(threshold), _pointer(shift), limit, resolution, rounding),
@@ -56,14 +56,15 @@ def oat_linear_int(
     rounding: int,
 ) -> Tensor:
     """``OAT(x) W^T + b`` ``[..., N]`` with int8 weights ``[N, K]``, summed exactly."""
-    N, K = weight.shape
+    (N, K), kind = weight.shape, KINDS.get(x.dtype)
     run = function("oat_linear_int", "piiipippipiiiipi")
-    if run is None or x.dtype not in KINDS or K > WIDEST:
+    if run is None or kind is None or K > WIDEST:
         return plain.oat_linear_int(x, weight, scale, bias, threshold, limit, resolution, rounding)
-    x, weight, out = x.contiguous(), weight.contiguous(), x.new_empty((*x.shape[:-1], N))
+    x, weight, out = x.contiguous(), weight.contiguous(), x.new_empty(*x.shape[:-1], N)
     run(
-        *(x.data_ptr(), KINDS[x.dtype], _rows(x), K, weight.data_ptr(), N, scale.data_ptr(), *_bias(bias)),
-        *(threshold.data_ptr(), len(threshold), limit, resolution, rounding, out.data_ptr(), torch.get_num_threads()),
+        *(x.data_ptr(), kind, x.numel() // max(K, 1), K, weight.data_ptr(), N, scale.data_ptr(), *_bias(bias)),
+        *(threshold.data_ptr(), threshold.numel(), limit, resolution, rounding),
+        *(out.data_ptr(), torch.get_num_threads()),
     )
     return out
 
@@ -87,7 +88,7 @@ def gif_linear(
         return plain.gif_linear(x, weight, scale, bias, top, multiple, levels, steps)
     if packed is None or zero is None or M > FEW:
         packed, zero = weight, None
-    x, packed, out = x.contiguous(), packed.contiguous(), x.new_empty((*x.shape[:-1], N))
+    x, packed, out = x.contiguous(), packed.contiguous(), x.new_empty(*x.shape[:-1], N)
     run(
         *(x.data_ptr(), KINDS[x.dtype], M, K, packed.data_ptr(), _pointer(zero), N, scale.data_ptr(), *_bias(bias)),
         *(top.data_ptr(), multiple.data_ptr(), levels, steps, out.data_ptr(), torch.get_num_threads()),
