@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import spikeform
 from spikeform import pretrained
 from spikeform.evaluation import data_root, fidelity, load_text, tokenize
-from spikeform.methods.las.weights import finish
+from spikeform.conversion.weights import finish
 
 WINDOW, CALIBRATION_WINDOWS = 512, 16
 STEPS = {torch.float32: (7, 8, 12, 15, 16), torch.bfloat16: (8, 16)}

@@ -22,6 +22,10 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -46,6 +50,8 @@ _SIZES = {
     **_TOKENS,
 }
 _LLAMA = {**_SIZES, "intermediate_size": 112, "num_key_value_heads": 2}
+_MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, **_TOKENS}
+_MAMBA2 = {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16}
 
 
 def _opt(**more):
@@ -76,6 +82,11 @@ _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "bert_mlm": lambda: _bert(BertForMaskedLM),
 }
 FAMILIES = tuple(_BUILDERS)
+_STATE_SPACE: dict[str, Callable[[], PreTrainedModel]] = {
+    "mamba": lambda: MambaForCausalLM(MambaConfig(**_MAMBA, state_size=8)),
+    "mamba2": lambda: Mamba2ForCausalLM(Mamba2Config(**_MAMBA, **_MAMBA2, tie_word_embeddings=True)),
+}
+STATE_SPACE = tuple(_STATE_SPACE)  # not for methods that replace attention or feed-forward blocks
 CAUSAL = tuple(name for name in FAMILIES if not name.startswith("bert"))
 TWINS = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "phi", "gemma", "bert")
 ALL = tuple((name, False) for name in FAMILIES) + tuple((name, True) for name in TWINS)  # (family, is a twin)
@@ -84,7 +95,7 @@ ALL = tuple((name, False) for name in FAMILIES) + tuple((name, True) for name in
 def build(family: str, seed: int = 0) -> PreTrainedModel:
     """A dense model of a family; the same bits for the same seed."""
     torch.manual_seed(seed)
-    model = _BUILDERS[family]().eval()
+    model = {**_BUILDERS, **_STATE_SPACE}[family]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

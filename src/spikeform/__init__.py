@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from spikeform.methods import LAS as LAS
     from spikeform.methods import CalibrateOptions as CalibrateOptions
     from spikeform.methods import SpikeLLM as SpikeLLM
+    from spikeform.methods import SpikingMamba as SpikingMamba
     from spikeform.methods import calibrate as calibrate
     from spikeform.neurons import fit_few_spike as fit_few_spike
     from spikeform.report import inspect as inspect
@@ -45,6 +46,7 @@ _HOMES = {
     "LAS": "spikeform.methods",
     "SpikeLLM": "spikeform.methods",
     "SpikeTrain": "spikeform.spikes",
+    "SpikingMamba": "spikeform.methods",
     "TrainOptions": "spikeform.training",
     "calibrate": "spikeform.methods",
     "convert": "spikeform.conversion",

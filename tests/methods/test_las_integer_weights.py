@@ -9,10 +9,10 @@ from transformers import LlamaForCausalLM
 
 import families
 import spikeform
+from spikeform.conversion.weights import row_codes
 from spikeform.energy import energy
 from spikeform.errors import ConfigError, ConversionError, DamagedCheckpointError
 from spikeform.layers import CodedLinear, SpikingLinear
-from spikeform.methods.las.weights import row_codes
 from spikeform.report.inspect import inspect
 from spikeform.spikes.trace import Firing, Product, observe
 from spikeform.synapses import EXECUTORS, linear

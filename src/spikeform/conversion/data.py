@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -87,6 +88,11 @@ def _generates(model: PreTrainedModel) -> bool:
     return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
 
 
+def cache_name(model: nn.Module) -> str:
+    """What the model's ``forward`` and outputs call its cache: state-space models have a name of their own."""
+    return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def sample(model: PreTrainedModel, sequences: int, length: int, seed: int) -> Tensor:
     """Token ids ``[sequences, length]`` drawn from the model's own distribution at temperature 1."""
     device = _embedding(model).weight.device
@@ -100,11 +106,11 @@ def sample(model: PreTrainedModel, sequences: int, length: int, seed: int) -> Te
         first[: sequences // 2] = bos
     training = model.training
     model.eval()
-    ids, past = first, None
+    ids, past, cache = first, None, cache_name(model)
     with torch.no_grad():
         while ids.shape[1] < length:
-            out = model(input_ids=ids if past is None else ids[:, -1:], past_key_values=past, use_cache=True)
-            past = out.past_key_values
+            out = model(input_ids=ids if past is None else ids[:, -1:], use_cache=True, **{cache: past})
+            past = out[cache]
             p = torch.softmax(out.logits[:, -1].float(), -1).cpu()
             ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator).to(device)], 1)
     model.train(training)

@@ -80,3 +80,31 @@ class Histogram:
             target = (source - shift * PER_OCTAVE).clamp(0, BINS - 1)
             moved[rows] = moved[rows].index_add(1, target, self.counts[rows])
         return Histogram(moved, self.peak * power_of_two(-shift_C), self.shape)
+
+    def least_error(self, levels: int, fires: float = 0.5, per_octave: int = PER_OCTAVE, octaves: int = 10) -> Tensor:
+        """For each channel the threshold with the least squared error of ``levels`` even levels up to it.
+
+        Args:
+            levels: L: the codes are ``0 .. L`` in units of ``threshold / L``.
+            fires: Inputs below this share of a unit are coded 0: 1/2 where codes are rounded.
+            per_octave: Thresholds that are tried in an octave.
+            octaves: How far below the channel's peak they go.
+
+        Returns:
+            fp64 ``[C]``, positive.
+        """
+        m_N, peak_C = self.magnitudes(), self.peak.double().clamp(min=2.0**LOWEST)
+        best_C, least_C = peak_C, torch.full_like(peak_C, float("inf"))
+        for cut in range(octaves * per_octave):
+            theta_C = peak_C * 2.0 ** (-cut / per_octave)
+            unit_C1 = (theta_C / levels)[:, None]
+            error_CN = torch.where(m_N < unit_C1 * fires, m_N.square(), unit_C1.square() / 12)
+            error_CN = torch.where(m_N > theta_C[:, None], (m_N - theta_C[:, None]).square(), error_CN)
+            error_C = (error_CN * self.counts).sum(1)
+            better = error_C < least_C
+            best_C, least_C = torch.where(better, theta_C, best_C), torch.where(better, error_C, least_C)
+        return best_C
+
+    def merged(self) -> Histogram:
+        """All channels as one."""
+        return Histogram(self.counts.sum(0, keepdim=True), self.peak.max()[None], (1,))

@@ -44,6 +44,8 @@ RMS_NORM = {
     *_family("mistral", "MistralRMSNorm"),
     *_family("qwen2", "Qwen2RMSNorm"),
     *_family("qwen3", "Qwen3RMSNorm"),
+    *_family("mamba", "MambaRMSNorm"),
+    *_family("mamba2", "Mamba2RMSNorm"),
 }
 RMS_NORM_OFFSET = set(_family("gemma", "GemmaRMSNorm"))  # stores gain - 1
 
@@ -92,6 +94,12 @@ FEED_FORWARD = {
 }
 
 
+# State-space mixers: ``in_proj`` and ``out_proj`` are called; parts named here are read without being called.
+MIXERS = {
+    **dict.fromkeys(_family("mamba", "MambaMixer"), ("dt_proj", "act")),
+    **dict.fromkeys(_family("mamba2", "Mamba2Mixer"), ("act",)),
+}
+
 # Modules with parameters of their own that are no computation of theirs (BERT's head keeps its decoder's bias).
 CONTAINERS = set(_family("bert", "BertLMPredictionHead"))
 
@@ -101,9 +109,10 @@ def kind_of(module: nn.Module) -> str:
 
     Returns:
         ``linear``, ``norm``, ``activation``, ``gated_mlp``, ``attention``, ``embedding``, ``unknown``, or
-        ``container``, which computes nothing that a table here would have to name.
+        ``container``, which computes nothing that a table here would have to name. (:func:`walk` also knows
+        ``state_space``, the core of a state-space mixer.)
     """
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    name = type_name(module)
     if name in LINEAR:
         return "linear"
     if name in LAYER_NORM or name in RMS_NORM or name in RMS_NORM_OFFSET:
@@ -128,12 +137,12 @@ def activation_function(module: nn.Module) -> str:
     """Name of the function an activation module computes."""
     if isinstance(module, nn.GELU):
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    return ACTIVATIONS[f"{type(module).__module__}.{type(module).__qualname__}"]
+    return ACTIVATIONS[type_name(module)]
 
 
 def norm_form(module: Any) -> tuple[float, bool, float]:
     """``(eps, centred, gain offset)`` of a known norm."""
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    name = type_name(module)
     eps = getattr(module, "variance_epsilon", None)
     eps = module.eps if eps is None else eps
     if eps is None:  # torch's RMSNorm takes the machine epsilon of what it is given
@@ -147,16 +156,31 @@ def walk(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str]]:
     The list is taken before anything is replaced, so that the caller may replace as it goes. A module that the
     model uses in several places is named in each of them.
     """
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    everything = list(model.named_modules(remove_duplicate=False))
+    inside = tuple(f"{name}." for name, module in everything if type_name(module) in MIXERS)
+    unheard = {f"{name}.{part}" for name, module in everything for part in MIXERS.get(type_name(module), ())}
+    for name, module in everything:
         kind = kind_of(module)
+        if name in unheard or (kind == "unknown" and f"{name}.".startswith(inside)):
+            kind = "state_space"
         if kind != "container":
             yield name, module, kind
+
+
+def mixers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The state-space mixers of the model, by name, in order."""
+    return [(name, module) for name, module in model.named_modules() if type_name(module) in MIXERS]
+
+
+def type_name(module: nn.Module) -> str:
+    """The qualified name of its type, by which the tables here know it."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def feed_forward_pairs(model: nn.Module) -> Iterator[FeedForward]:
     """The activation, and the linear layer that consumes it, of every feed-forward block of a known type."""
     for name, module in model.named_modules():
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        kind = type_name(module)
         if kind in FEED_FORWARD:
             act, linear = (f"{name}.{part}" for part in FEED_FORWARD[kind])
             yield FeedForward(act, linear, kind in GATED_MLP)

@@ -18,7 +18,7 @@ from spikeform.conversion.report import ConversionReport
 from spikeform.conversion.strict import refuse, settle, wrong_tensors
 from spikeform.conversion.transform import transform
 from spikeform.layers import CodedLinear, SpikingLinear
-from spikeform.layers.streaming import neurons_of
+from spikeform.neurons import Neuron
 
 
 class SpikeformQuantizer(HfQuantizer):
@@ -35,9 +35,12 @@ class SpikeformQuantizer(HfQuantizer):
             with torch.device("cpu"):
                 self._report = (method.skeleton or method.prepare)(model, self.quantization_config)
             # Thresholds are fp32 whatever dtype is asked for. (Those that are buffers are anyway.)
-            if neurons_of(model):
-                kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-                model._keep_in_fp32_modules_strict = kept | {"neuron"}
+            kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+            model._keep_in_fp32_modules_strict = kept | {
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if isinstance(module, Neuron) and module._parameters
+            }
             refuse(wrong_tensors(model, checkpoint_files or []))
         return model
 
@@ -86,7 +89,7 @@ class SpikeformQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
         """Whether ``generate`` may compile the model with a static cache. A streaming model steps through hooks."""
-        return not method_of(self.quantization_config).trainable
+        return not method_of(self.quantization_config).streams
 
     @property
     def is_qat_trainable(self) -> bool:  # type: ignore[override]

@@ -26,6 +26,7 @@ class Method:
         fit: ``(neuron, histogram, config) -> saturated share``: set a neuron's threshold from its inputs.
         core: Kinds of modules of which it must replace at least one.
         trainable: Whether gradients pass its neurons, so that a converted model can be trained.
+        streams: Whether its models run all their time steps side by side, through hooks.
         skeleton: ``(model, config) -> report``: the modules of a checkpoint of this method, where conversion ends with
             others than ``prepare`` begins with. On the meta device too. None: ``prepare``.
         reshape: ``(model, config, batches)``: an equivalent dense model, in place, before anything is replaced.
@@ -42,6 +43,7 @@ class Method:
     fit: Callable[[Any, Histogram, Any], float] | None = None
     core: tuple[str, ...] = ("linear",)
     trainable: bool = False
+    streams: bool = False
     skeleton: Callable[[PreTrainedModel, Any], ConversionReport] | None = None
     reshape: Callable[[PreTrainedModel, Any, list], None] | None = None
     calibrate: Callable[..., dict[str, Any]] | None = None

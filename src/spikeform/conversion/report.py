@@ -12,7 +12,8 @@ class Row:
 
     Args:
         name: Qualified name.
-        kind: ``linear``, ``norm``, ``activation``, ``attention``, ``gated_mlp``, ``embedding`` or ``unknown``.
+        kind: ``linear``, ``norm``, ``activation``, ``attention``, ``gated_mlp``, ``embedding``, ``state_space``
+            or ``unknown``.
         replaced_by: The spiking layer's class name, or None where it stayed dense.
         reason: Why it stayed dense, or which neurons it got.
     """

@@ -10,7 +10,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from spikeform.errors import DamagedCheckpointError
 from spikeform.layers import CodedLinear, SpikingAttention, SpikingLinear
-from spikeform.neurons import MT, Neuron, StreamingNeuron, ThresholdNeuron
+from spikeform.neurons import MT, Neuron, SignedInteger, StreamingNeuron, ThresholdNeuron
 from spikeform.neurons.oat import powers_of_two
 
 
@@ -74,6 +74,8 @@ def settle(name: str, module: nn.Module, model: PreTrainedModel, trainable: bool
     problems = []
     if isinstance(module, SpikingLinear) and isinstance(module.neuron, MT):
         module.neuron.folded = module.neuron.channel_shift is not None  # written folded
+    if isinstance(module, SpikingLinear) and isinstance(module.neuron, SignedInteger):
+        module.neuron.folded = module.neuron.per_channel
     if isinstance(module, CodedLinear):
         problems += [f"{name}.{problem}" for problem in module.load_packed()]
     elif isinstance(module, SpikingLinear):

@@ -21,9 +21,10 @@ from spikeform.conversion.data import windows
 from spikeform.errors import ConversionError
 from spikeform.layers import CodedLinear, SpikingLinear
 from spikeform.native import fixed
-from spikeform.neurons import GIF, MT
+from spikeform.neurons import GIF, MT, SignedInteger
 from spikeform.spikes.trace import Product, observe
 from spikeform.synapses import fusible
+from spikeform.synapses.dispatch import FUSED
 
 LEAST_ZEROS = 0.3  # below that no kernel of ours was ever faster
 MARGIN = 0.03  # an event executor that gains less than this is not chosen
@@ -103,8 +104,8 @@ def _look(
     current: list[str] = []
 
     def listen(told: Any) -> None:
-        if isinstance(told, Product) and told.kind == "linear" and current:
-            zeros[current[-1]] = float((told.operands[0].codes == 0).float().mean())
+        if isinstance(told, Product) and told.kind == "linear" and current:  # a layer's first product is its own
+            zeros[current.pop()] = float((told.operands[0].codes == 0).float().mean())
 
     def before(name: str) -> Callable[..., None]:
         def hook(_module: Any, args: tuple) -> None:
@@ -124,11 +125,12 @@ def _look(
 
 
 def _input_major(layer: SpikingLinear) -> Tensor | None:
-    """``[K, N]``, where there is a kernel for it: of bf16 weights, and of int8 ones that meet codes of a byte."""
+    """``[K, N]``, where there is a kernel for it: of real weights, and of int8 ones that meet codes of a byte."""
     if isinstance(layer, CodedLinear):
-        usable = layer.weight.dtype == torch.int8 and layer.tier is None and isinstance(layer.neuron, GIF)
+        narrow = isinstance(layer.neuron, GIF | SignedInteger)
+        usable = layer.weight.dtype == torch.int8 and layer.tier is None and narrow
     else:
-        usable = layer.weight.dtype == torch.bfloat16 and isinstance(layer.neuron, MT)
+        usable = layer.weight.dtype in FUSED and isinstance(layer.neuron, MT | SignedInteger)
     usable = usable and layer.neuron is not None and layer.neuron.closed_form() is not None
     return fixed(layer.weight.detach().t().contiguous()) if usable else None
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikeform.conversion.data import cache_name
 from spikeform.evaluation.perplexity import (
     check_batch_size,
     check_context,
@@ -170,11 +171,11 @@ def sample_ids(
     ids_SW = torch.full((count, window), bos, dtype=torch.int64)
     with evaluating(model), torch.inference_mode():
         for rows_BW in ids_SW.split(batch_size):  # views: what is written here lands in ids_SW
-            cache = None
+            cache, name = None, cache_name(model)
             for i in range(window - 1):
                 last_B1 = rows_BW[:, i : i + 1].to(device_of(model))
-                out = model(input_ids=last_B1, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = model(input_ids=last_B1, use_cache=True, **{name: cache})
+                cache = out[name]
                 p_BV = out.logits[:, -1].double().softmax(-1).cpu()
                 rows_BW[:, i + 1] = torch.multinomial(p_BV, 1, generator=generator)[:, 0]
     return ids_SW

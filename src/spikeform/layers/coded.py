@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spikeform.layers.linear import SpikingLinear
 from spikeform.layers.packed import NAMES, Form, narrow, pack, problems, unpack
 from spikeform.native import fixed
-from spikeform.neurons import GIF, MT, Neuron
+from spikeform.neurons import GIF, MT, Neuron, SignedInteger
 from spikeform.neurons.fused import gif_integers
 from spikeform.neurons.neuron import entry
 from spikeform.neurons.oat import OatForm
@@ -123,7 +123,7 @@ class CodedLinear(SpikingLinear):
 
     def _fused(self, x: Tensor) -> Tensor | None:
         own, neuron = self._buffers, entry(self, self._modules, "neuron")
-        form = neuron.closed_form() if isinstance(neuron, MT | GIF) else None
+        form = neuron.closed_form() if isinstance(neuron, MT | GIF | SignedInteger) else None
         weight, bias = entry(self, own, "weight"), entry(self, self._parameters, "bias")
         if form is None or weight.dtype != torch.int8 or entry(self, own, "tier") is not None or not fusible(x, bias):
             return None
@@ -131,7 +131,13 @@ class CodedLinear(SpikingLinear):
         if isinstance(form, OatForm):
             if form.shift is not None:
                 return None
-            return oat_linear_int(x, weight, scale, bias, form.threshold, *form[2:])
+            if not isinstance(neuron, SignedInteger):
+                return oat_linear_int(x, weight, scale, bias, form.threshold, *form[2:])
+            if self.event_rows is not None and self.visits(x):
+                out = event_product(neuron.integers(x), self.event_rows, scale, self.out_features)
+            else:
+                out = oat_linear_int(neuron.potential(x), weight, scale, None, form.threshold, *form[2:])
+            return self.finished(out, neuron.unit(), bias, x.dtype)
         if self.event_rows is not None and self.visits(x):
             integers, unit = gif_integers(x, *form)
             out = event_product(integers, self.event_rows, scale, self.out_features) * unit

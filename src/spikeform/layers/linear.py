@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from spikeform.neurons import MT, Neuron
+from spikeform.neurons import MT, Neuron, SignedInteger
 from spikeform.neurons.fused import oat_values
 from spikeform.neurons.neuron import entry
+from spikeform.neurons.oat import OatForm
 from spikeform.spikes import power_of_two
 from spikeform.synapses import fusible, linear
 from spikeform.synapses.fused import EVENT_ROWS, event_product, oat_linear
@@ -58,13 +59,27 @@ class SpikingLinear(nn.Linear):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Multiply ``2^channel_shift`` into the weight's columns: powers of two, so no bit of any product changes."""
+        """Multiply the neuron's scales of channels into the weight's columns.
+
+        Those of an MT neuron are powers of two, so no bit of any product changes.
+        """
         neuron = self.neuron
         if isinstance(neuron, MT) and neuron.channel_shift is not None and not neuron.folded:
             # A new tensor: the old one may be shared (tied) or memory-mapped.
             folded = self.weight * power_of_two(neuron.channel_shift, self.weight.dtype)
             self.weight = nn.Parameter(folded, self.weight.requires_grad)
             neuron.folded = True
+        elif isinstance(neuron, SignedInteger) and neuron.per_channel and not neuron.folded:
+            self.weight = nn.Parameter(self.weight * neuron.threshold.to(self.weight.dtype), self.weight.requires_grad)
+            neuron.folded = True
+
+    @torch.no_grad()
+    def unfold(self) -> None:
+        """Take thresholds of channels out of the weights again, so that they can be learned; up to rounding."""
+        neuron = self.neuron
+        if isinstance(neuron, SignedInteger) and neuron.folded:
+            self.weight = nn.Parameter(self.weight / neuron.threshold.to(self.weight.dtype), self.weight.requires_grad)
+            neuron.folded = False
 
     def forward(self, input: Tensor) -> Tensor:
         """Real ``[..., K]`` to real ``[..., N]``, in the dtype of ``input``."""
@@ -80,16 +95,34 @@ class SpikingLinear(nn.Linear):
     def _fused(self, x: Tensor) -> Tensor | None:
         """Neuron and synapse as one operator, or None where there is none."""
         own, neuron = self._parameters, entry(self, self._modules, "neuron")
-        if not isinstance(neuron, MT):
+        if not isinstance(neuron, MT | SignedInteger):
             return None
         weight, bias = entry(self, own, "weight"), entry(self, own, "bias")
         form = neuron.closed_form()
         if form is None or x.dtype != weight.dtype or not fusible(x, weight, bias):
             return None
+        if isinstance(neuron, SignedInteger):
+            return self._fused_integers(x, neuron, form, weight, bias)
         if self.event_rows is not None and self.visits(x):
             out = event_product(oat_values(x, *form, False), self.event_rows, None, self.out_features)
             return (out if bias is None else out + bias).to(x.dtype)
         return oat_linear(x, weight, bias, *form, neuron.single(x.dtype))
+
+    def _fused_integers(
+        self, x: Tensor, neuron: SignedInteger, form: OatForm, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Small integers are numbers of any dtype: one product of them, and the unit comes last."""
+        if self.event_rows is not None and self.visits(x):
+            out = event_product(neuron.integers(x).float(), self.event_rows, None, self.out_features)
+        else:
+            out = oat_linear(neuron.potential(x), weight, None, *form, True)
+        return self.finished(out, neuron.unit(), bias, x.dtype)
+
+    @staticmethod
+    def finished(sums: Tensor, unit: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """``sums unit + bias``; no unit is 1."""
+        out = sums if unit is None else sums * unit
+        return (out if bias is None else out + bias).to(dtype)
 
     def visits(self, x: Tensor) -> bool:
         """Whether so few rows go to the event executor, which :attr:`event_rows` allows."""

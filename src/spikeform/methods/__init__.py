@@ -3,5 +3,6 @@
 from spikeform.methods.fas import FAS, CalibrateOptions, calibrate
 from spikeform.methods.las import LAS
 from spikeform.methods.spikellm import SpikeLLM
+from spikeform.methods.spiking_mamba import SpikingMamba
 
-__all__ = ["FAS", "LAS", "CalibrateOptions", "SpikeLLM", "calibrate"]
+__all__ = ["FAS", "LAS", "CalibrateOptions", "SpikeLLM", "SpikingMamba", "calibrate"]

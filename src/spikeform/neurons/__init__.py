@@ -8,6 +8,7 @@ from spikeform.neurons.gif import GIF
 from spikeform.neurons.hg import FixedPointHG
 from spikeform.neurons.neuron import Neuron, ThresholdNeuron, recording, unseen
 from spikeform.neurons.oat import MT, OAT, ROUNDINGS
+from spikeform.neurons.signed_integer import Compensation, SignedInteger
 from spikeform.neurons.streaming import Clock, StreamingNeuron
 
 __all__ = [
@@ -17,10 +18,12 @@ __all__ = [
     "OAT",
     "ROUNDINGS",
     "Clock",
+    "Compensation",
     "Dynamic",
     "FewSpikeHG",
     "FixedPointHG",
     "Neuron",
+    "SignedInteger",
     "StreamingNeuron",
     "ThresholdNeuron",
     "few_spike_bank",

@@ -72,13 +72,20 @@ class Neuron(nn.Module):
         return self.encode(x)
 
     def _apply(self, fn, recurse=True):
-        # A model-wide .to(bfloat16) must not round thresholds: floating buffers move but keep their dtype.
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        # A model-wide .to(bfloat16) must not round thresholds: what is real moves, but keeps its dtype.
+        kept = {name: tensor.data for name, tensor in self._parameters.items() if tensor is not None}
+        kept |= {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
         super()._apply(fn, recurse)
         for name, old in kept.items():
-            new = self._buffers[name]
-            if new is not None and new.dtype != old.dtype:
+            new = getattr(self, name)
+            if new.dtype == old.dtype:
+                continue
+            if name in self._buffers:
                 self._buffers[name] = old.to(new.device)
+            else:
+                grad, new.grad = new.grad, None
+                new.data = old.to(new.device)
+                new.grad = None if grad is None else grad.to(old.dtype)
         return self
 
 

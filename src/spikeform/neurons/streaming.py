@@ -233,18 +233,6 @@ class StreamingNeuron(ThresholdNeuron):
         unit = unit.to(torch.float64) if x.dtype == torch.float64 else unit
         return unit if unit.numel() == 1 else unit[None]
 
-    def _apply(self, fn, recurse=True):
-        # As for buffers: a model-wide .to(bfloat16) moves thresholds, and rounds none of them.
-        kept = {name: p.data for name, p in self._parameters.items() if p is not None}
-        super()._apply(fn, recurse)
-        for name, old in kept.items():
-            new = self._parameters[name]
-            if new is not None and new.dtype != torch.float32:
-                grad, new.grad = new.grad, None
-                new.data = old.to(new.device, torch.float32)
-                new.grad = None if grad is None else grad.float()
-        return self
-
     def extra_repr(self) -> str:
         """Levels, kind and shapes."""
         kind = "signed" if self.signed else "unsigned"

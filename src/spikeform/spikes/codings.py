@@ -222,8 +222,15 @@ class MultiThreshold(Coding):
 class Thermometer(Coding):
     """Rate code: equal weights, the code is the number of spikes (FAS, SpikingMamba).
 
-    A code ``n`` spreads evenly over the window: a spike at step t where ``floor(t n / T)`` moves on.
+    A code ``n`` spreads evenly over the window: a spike at step t where ``floor(t |n| / T)`` moves on. Or it fires at
+    once: ``s(t) = sgn(n) 1[t <= |n|]``, as a neuron does that is charged in the first step alone.
+
+    Args:
+        steps: Time steps T of the window, 1 to 16.
+        early: All spikes in the first ``|n|`` steps.
     """
+
+    early: bool = False
 
     @property
     def limit(self) -> int:
@@ -240,8 +247,10 @@ class Thermometer(Coding):
         return [1] * self.steps
 
     def unroll(self, codes: Tensor) -> Tensor:
-        """Evenly spaced unit spikes, signed as the code."""
+        """Unit spikes, signed as the code."""
         magnitude, sign = codes.abs().to(torch.int32), codes.sign().to(torch.int8)
+        if self.early:
+            return torch.stack([(magnitude > t).to(torch.int8) * sign for t in range(self.steps)])
         passed = [torch.div(t * magnitude, self.steps, rounding_mode="floor") for t in range(self.steps + 1)]
         return torch.stack([(passed[t + 1] - passed[t]).to(torch.int8) * sign for t in range(self.steps)])
 

@@ -26,8 +26,9 @@ def _sums(values: Tensor, rows: Tensor, scale: Tensor | None, width: int) -> Ten
     return values.new_empty((*values.shape[:-1], width), dtype=torch.float32)
 
 
-# OAT(x) W^T + b; weight [N, K] bf16 or fp32 (the dtype of x), bias [N]. ``single``: every value that the neuron sends
-# is exact in the dtype of x (units are powers of two, and codes or inputs have no more bits), so one plane carries it.
+# OAT(x) W^T + b; weight [N, K] bf16 or fp32 (the dtype of x, or ``single``), bias [N]. ``single``: every value that the
+# neuron sends is exact in the weight's dtype (units are powers of two, and codes or inputs have no more bits), so one
+# plane carries it.
 oat_linear = _define(
     "oat_linear(Tensor x, Tensor weight, Tensor? bias, Tensor threshold, Tensor? shift, int limit, int resolution,"
     " int rounding, bool single) -> Tensor",

@@ -6,6 +6,6 @@ from spikeform.methods.fas.config import FAS
 from spikeform.methods.fas.convert import prepare
 from spikeform.methods.fas.thresholds import fit, given
 
-register(Method("fas", FAS, prepare, given, fit, core=("linear", "activation"), trainable=True))
+register(Method("fas", FAS, prepare, given, fit, core=("linear", "activation"), trainable=True, streams=True))
 
 __all__ = ["FAS", "CalibrateOptions", "calibrate"]

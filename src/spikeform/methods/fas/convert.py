@@ -21,6 +21,7 @@ from spikeform.neurons import Clock, StreamingNeuron
 _REAL = {
     "embedding": "a look-up: no product to spike through",
     "unknown": "unknown module type",
+    "state_space": "the core of a state-space mixer: convolution, scan and gate",
     "norm": "real, on each step by itself (see operators)",
     "attention": "real, on each step by itself (see operators)",
     "gated_mlp": "its neuron sits inside",

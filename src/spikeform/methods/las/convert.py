@@ -22,6 +22,7 @@ from spikeform.neurons import MT, OAT, FewSpikeHG, FixedPointHG, Neuron, few_spi
 _REAL = {
     "embedding": "a look-up: no product to spike through",
     "unknown": "unknown module type",
+    "state_space": "the core of a state-space mixer: convolution, scan and gate",
 }
 
 

@@ -31,11 +31,11 @@ def oat_linear(
 ) -> Tensor:
     """``OAT(x) W^T + b`` ``[..., N]`` with real weights ``[N, K]``."""
     (N, K), M = weight.shape, _rows(x)
-    run, narrow = function("oat_linear", "piiipiipipipiiipi"), single and x.dtype == weight.dtype == torch.bfloat16
+    run, narrow = function("oat_linear", "piiipiipipipiiipi"), single and weight.dtype == torch.bfloat16
     most = FEW if narrow else SOME
     if run is None or x.dtype not in KINDS or weight.dtype not in KINDS or most < M:
-        values = oat_values(x, threshold, shift, limit, resolution, rounding, narrow)
-        return plain.real_product(values, weight, bias).to(x.dtype)
+        values = oat_values(x, threshold, shift, limit, resolution, rounding, narrow and x.dtype == weight.dtype)
+        return plain.real_product(values.to(weight.dtype) if narrow else values, weight, bias).to(x.dtype)
     x, weight, out = x.contiguous(), weight.contiguous(), x.new_empty(*x.shape[:-1], N)
     run(
         *(x.data_ptr(), KINDS[x.dtype], M, K, weight.data_ptr(), KINDS[weight.dtype], N, *_bias(bias)),
@@ -99,7 +99,8 @@ def gif_linear(
 def event_product(values: Tensor, rows: Tensor, scale: Tensor | None, width: int) -> Tensor:
     """Values ``[..., K]`` times rows ``[K, width]``, of which those of zeros are not read; fp32 ``[..., width]``."""
     run = function("event_product", "piiipiippi")
-    if run is None or values.dtype not in KINDS or rows.shape[0] > WIDEST:
+    known = values.dtype in (torch.float32, torch.int8) and rows.dtype in KINDS
+    if run is None or not known or rows.shape[0] > WIDEST:
         return plain.event_product(values, rows, scale, width)
     values, rows = values.contiguous(), rows.contiguous()
     out = values.new_empty((*values.shape[:-1], width), dtype=torch.float32)
