@@ -8,9 +8,12 @@
 tokens too: speed does not depend on their values (files repeat the weights of one layer in all). llama.cpp runs in a
 process of its own, kept alive, by its C interface; rounds of all models take turns, and no two run at once. Prefill is
 one eager pass over the prompt into an empty static cache, last logits alone; decoding one token at a time, eager or
-compiled by ``torch.compile(fullgraph=True)``. Medians of rounds (of the tokens of a round, too). ``bytes`` of ours are
-those of all parameters and buffers but the input embedding, 4-bit weights as the kernels read them; of llama.cpp those
-of its file.
+compiled by ``torch.compile(fullgraph=True)``. Medians of rounds (of the tokens of a round, too). llama.cpp, too, works
+out the last logits of a prompt alone; it also spares the last block's feed-forward layers all rows but that one, which
+transformers does not: 1/28 of the products of 22 blocks. In its files all matrices are of one type; "Q8_0 head" has
+the output head in 8 bits, as that of ours called "int8 head" is. ``bytes`` are those that a token reads: of ours all
+parameters and buffers but the input embedding, 4-bit weights as the kernels read them; of llama.cpp its file without
+that embedding.
 """
 
 from __future__ import annotations
@@ -37,7 +40,10 @@ import spikeform
 SHAPE: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632}
 SHAPE |= {"num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048}
 LAYERS, SEED = 22, 0
-TYPES = ("Q8_0", "Q4_0")
+BASES = ("Q8_0", "Q4_0")  # which every row is compared with
+FILES = {kind: (kind, kind) for kind in BASES}  # types of the blocks and of the head
+FILES["Q4_0, Q8_0 head"] = "Q4_0", "Q8_0"
+BYTES = {"Q8_0": 34, "Q4_0": 18}  # of 32 weights
 
 # Runs in llama.cpp's environment: a line of JSON in, a line of JSON out.
 WORKER = r"""
@@ -73,12 +79,11 @@ for line in sys.stdin:
 """
 
 
-def write_gguf(path: Path, kind: str, layers: int) -> None:
-    """A file of random weights in one of llama.cpp's quantised types."""
+def write_gguf(path: Path, kind: str, head: str, layers: int) -> None:
+    """A file of random weights in llama.cpp's quantised types: all of one, the output head of ``head``."""
     import gguf
     import numpy as np
 
-    kind = getattr(gguf.GGMLQuantizationType, kind)
     random = np.random.default_rng(SEED)
     width, hidden, vocabulary = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"]
     heads, groups = SHAPE["num_attention_heads"], SHAPE["num_key_value_heads"]
@@ -93,17 +98,18 @@ def write_gguf(path: Path, kind: str, layers: int) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(vocabulary)
     writer.add_tokenizer_model("no_vocab")
-    known: dict[tuple[int, int], Any] = {}
+    known: dict[tuple[int, int, str], Any] = {}
 
-    def add(name: str, rows: int, columns: int) -> None:
-        if (rows, columns) not in known:
+    def add(name: str, rows: int, columns: int, kind: str = kind) -> None:
+        dtype, key = getattr(gguf.GGMLQuantizationType, kind), (rows, columns, kind)
+        if key not in known:
             weight = random.standard_normal((rows, columns), dtype=np.float32) * np.float32(0.02)
-            known[rows, columns] = gguf.quants.quantize(weight, kind)
-        writer.add_tensor(name, known[rows, columns], raw_dtype=kind)
+            known[key] = gguf.quants.quantize(weight, dtype)
+        writer.add_tensor(name, known[key], raw_dtype=dtype)
 
     ones, small = np.ones(width, dtype=np.float32), groups * width // heads
     add("token_embd.weight", vocabulary, width)
-    add("output.weight", vocabulary, width)
+    add("output.weight", vocabulary, width, head)
     writer.add_tensor("output_norm.weight", ones)
     for layer in range(layers):
         for norm in ("attn_norm", "ffn_norm"):
@@ -126,12 +132,13 @@ def ours(layers: int, dtype: torch.dtype) -> dict[str, Any]:
     ids = torch.randint(SHAPE["vocab_size"], (1, 32))
     las = {"weight_bits": 8, "lm_head": True, "thresholds": THRESHOLDS}
     # Which channels get two steps does not matter for speed: the cheapest measure of saliency chooses them.
-    four = spikeform.SpikeLLM(pipeline="rtn", bits=4, weight_bits=4, saliency="magnitude")
+    four: dict[str, Any] = {"pipeline": "rtn", "bits": 4, "weight_bits": 4, "saliency": "magnitude"}
     return {
         "dense": dense,
         "las7-int8": spikeform.convert(copy.deepcopy(dense), spikeform.LAS(steps=7, **las)),
         "las15-int8": spikeform.convert(copy.deepcopy(dense), spikeform.LAS(steps=15, **las)),
-        "w4a4": spikeform.convert(copy.deepcopy(dense), four, ids),
+        "w4a4": spikeform.convert(copy.deepcopy(dense), spikeform.SpikeLLM(**four), ids),
+        "w4a4, int8 head": spikeform.convert(copy.deepcopy(dense), spikeform.SpikeLLM(**four, lm_head="int8"), ids),
     }
 
 
@@ -163,10 +170,10 @@ class Ours:
 
 
 class Theirs:
-    """llama.cpp's process."""
+    """llama.cpp's process. Its threads wait for one another as this process's do (OMP_WAIT_POLICY)."""
 
     def __init__(self, python: Path, threads: int) -> None:
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": ""}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": ""}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([python, "-c", WORKER], env=environment, **pipes)
         self.threads = threads
@@ -204,11 +211,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.folder.mkdir(parents=True, exist_ok=True)
-    files = {kind: args.folder / f"random-{args.layers}-{kind}.gguf" for kind in TYPES}
-    for kind, file in files.items():
+    files = {}
+    for name, kinds in FILES.items():
+        file = files[name] = args.folder / f"random-{args.layers}-{'-'.join(dict.fromkeys(kinds))}.gguf"
         if not file.exists():
             partial = file.with_suffix(".partial")
-            write_gguf(partial, kind, args.layers)
+            write_gguf(partial, *kinds, args.layers)
             partial.rename(file)
     theirs, length = Theirs(args.python, args.threads), args.prompt + args.new
     models = {
@@ -219,13 +227,15 @@ def main() -> None:
     ids = torch.randint(SHAPE["vocab_size"], (1, args.prompt), generator=torch.Generator().manual_seed(SEED))
     times: dict[str, list[list[float]]] = {}
     for turn in range(args.rounds + 1):
-        found = {f"llama.cpp {kind}": theirs.round(file, ids, args.new) for kind, file in files.items()}
+        found = {f"llama.cpp {name}": theirs.round(file, ids, args.new) for name, file in files.items()}
         found |= {name: model.round(ids, args.new) for name, model in models.items()}
         if turn:
             for name, pair in found.items():
                 times.setdefault(name, []).append(pair)
     theirs.close()
-    sizes = {f"llama.cpp {kind}": file.stat().st_size for kind, file in files.items()}
+    embedding = SHAPE["vocab_size"] * SHAPE["hidden_size"] // 32
+    unread = {name: embedding * BYTES[kinds[0]] for name, kinds in FILES.items()}
+    sizes = {f"llama.cpp {name}": file.stat().st_size - unread[name] for name, file in files.items()}
     sizes |= {name: weight_bytes(own.model) for name, own in models.items()}
     rows = []
     for name, pairs in times.items():
@@ -233,7 +243,7 @@ def main() -> None:
         row = {"model": name, "prefill_tokens_per_s": args.prompt / prefill, "decode_tokens_per_s": 1 / decode}
         rows.append({**row, "bytes": sizes[name], "GB_per_s": sizes[name] / decode / 1e9})
     for row in rows:
-        for kind, other in zip(TYPES, rows, strict=False):
+        for kind, other in zip(BASES, rows, strict=False):
             for what in ("prefill", "decode"):
                 row[f"{what}_vs_{kind}"] = row[f"{what}_tokens_per_s"] / other[f"{what}_tokens_per_s"]
         print(json.dumps(row), flush=True)
@@ -241,7 +251,8 @@ def main() -> None:
         "protocol": " ".join(__doc__.split("\n\n", 2)[2].split()),
         "hardware": f"CPU {platform.machine()}, {args.threads} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "settings": {key: value for key, value in vars(args).items() if isinstance(value, int | str)},
+        "settings": {key: value for key, value in vars(args).items() if isinstance(value, int | str)}
+        | {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "as it comes")},
         "rows": rows,
     }
     if args.out:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from spikeform.methods import FAS as FAS
     from spikeform.methods import LAS as LAS
     from spikeform.methods import CalibrateOptions as CalibrateOptions
+    from spikeform.methods import NeuTransformer as NeuTransformer
     from spikeform.methods import SpikeLLM as SpikeLLM
     from spikeform.methods import SpikingMamba as SpikingMamba
     from spikeform.methods import calibrate as calibrate
@@ -44,6 +45,7 @@ _HOMES = {
     "ConversionReport": "spikeform.conversion",
     "FAS": "spikeform.methods",
     "LAS": "spikeform.methods",
+    "NeuTransformer": "spikeform.methods",
     "SpikeLLM": "spikeform.methods",
     "SpikeTrain": "spikeform.spikes",
     "SpikingMamba": "spikeform.methods",

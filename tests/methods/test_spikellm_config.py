@@ -30,6 +30,7 @@ BAD = [
     ("key_axis", "sequence"),
     ("attention", 1),
     *[("probability_bits", value) for value in (3, 17, 8.0, True)],
+    *[("lm_head", value) for value in ("int4", True, 8, None)],
     ("weight_form", "binary"),
     *[("weight_steps", value) for value in ((), (2, 1), (1, 1), (3,), (1.0,), (True,), (0,), "1", 1, (16,))],
     *[("weight_salient", value) for value in ((0.1,), "0.1", 0.1)],
@@ -101,6 +102,7 @@ GOOD = [
     {"allocation": "sensitivity", "budget": 1, "saliency": "diagonal", "masks": "shared", "steps": 8},
     {"signed": False, "form": "official", "span": "separate", "key_axis": "channel", "skip": ["a.*", "b"]},
     {"steps": 1, "salient": 0, "saliency": "none"},
+    {"lm_head": "int8"},
 ]
 
 
@@ -123,6 +125,9 @@ def test_a_recipe(tmp_path):
         "method: spikellm\npipeline: gptq\nweight_form: ternary\nweight_steps: [1, 2]\nweight_salient: [0.2]\n"
     )
     assert read_config(recipe=path) == SpikeLLM(**TERNARY, weight_steps=(1, 2), weight_salient=(0.2,))
+    assert read_config(recipe=path).lm_head == SpikeLLM().lm_head == "real"  # a recipe from before there was a choice
+    path.write_text("method: spikellm\nlm_head: int8\n")
+    assert read_config(recipe=path) == SpikeLLM(lm_head="int8")
     path.write_text("method: spikellm\nsteps: 3\n")
     with pytest.raises(ConfigError, match="steps must be one of 1, 2, 4, 8, got 3"):
         read_config(recipe=path)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from spikeform.errors import SpikeformError
 from spikeform.neurons.if_ import constant_input_spikes, integrate_and_fire, scan, step
-from spikeform.neurons.lif import leaky_integrate_and_fire
 from spikeform.neurons.surrogate import spike
 
 
@@ -47,7 +46,7 @@ def by_autograd(x, theta, initial, level, width, ternary, leak=1.0):
 @pytest.mark.parametrize(("leak", "level"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.5), (0.5, 1.25)])
 def test_it_is_the_recursion(ternary, leak, level):
     x = dyadic(9, 20)
-    fired = leaky_integrate_and_fire(x, 0.75, leak, 0.25, ternary=ternary, level=level)
+    fired = integrate_and_fire(x, 0.75, 0.25, leak=leak, ternary=ternary, level=level)
     assert fired.spikes.dtype == torch.int8
     for i in range(20):
         spikes, v = naive(x[:, i].tolist(), 0.75, 0.25, leak, ternary, level)
@@ -75,8 +74,8 @@ def test_nothing_is_hidden_between_calls_and_the_potential_carries_on():
 
 def test_leak_one_is_integrate_and_fire_and_leaking_loses():
     x = dyadic(16, 50).abs()
-    assert torch.equal(leaky_integrate_and_fire(x, 1.0, 1.0).spikes, integrate_and_fire(x, 1.0).spikes)
-    assert leaky_integrate_and_fire(x, 1.0, 0.5).spikes.sum() < integrate_and_fire(x, 1.0).spikes.sum()
+    assert torch.equal(integrate_and_fire(x, 1.0, leak=1.0).spikes, integrate_and_fire(x, 1.0).spikes)
+    assert integrate_and_fire(x, 1.0, leak=0.5).spikes.sum() < integrate_and_fire(x, 1.0).spikes.sum()
 
 
 def test_the_order_of_the_inputs_matters():

@@ -44,7 +44,8 @@ def transform(
             "left (see skip); the model is unchanged in function but should be loaded anew"
         )
     if method.calibrate is not None:
-        facts = method.calibrate(model, batches, config, workdir, progress)
+        facts = dict(method.calibrate(model, batches, config, workdir, progress))
+        report.saturation = facts.pop("saturation", report.saturation)
         report.calibration = described | facts
         report.follow(model)
     else:

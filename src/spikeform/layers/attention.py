@@ -146,6 +146,10 @@ class SpikingAttention(nn.Module):
             return oat_attention(q_BHLE, k_BGSE, v_BGSE, mask, scaling, *oat)
         return gif_attention(q_BHLE, k_BGSE, v_BGSE, mask, scaling, entry(self, self._buffers, "signs"), *gif)
 
+    def view(self, cache: Any) -> CacheView:
+        """The cache as this layer sees it: keys and values are encoded when they are appended."""
+        return CodeCache(cache, self)
+
     def _rotated(self, x: Tensor) -> Tensor:
         signs = entry(self, self._buffers, "signs")
         return x if signs is None else rotate_heads(x, signs)
@@ -254,14 +258,14 @@ class CodeCache(CacheView):
         return self._cache.update(key, value, layer_idx, *args, **kwargs)
 
 
-def install(attention: nn.Module, spiking: SpikingAttention) -> None:
-    """Make ``attention`` (a family's attention module) use ``spiking`` and keep codes in its cache."""
+def install(attention: nn.Module, spiking: nn.Module) -> None:
+    """Make ``attention`` (a family's attention module) use ``spiking``, and its cache as ``spiking.view`` shows it."""
     attention.spiking = spiking
-    attention.register_forward_pre_hook(_cache_of_codes, with_kwargs=True)
+    attention.register_forward_pre_hook(_cache_in_view, with_kwargs=True)
 
 
-def _cache_of_codes(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    return through(lambda cache: CodeCache(cache, module.spiking), args, kwargs)
+def _cache_in_view(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return through(module.spiking.view, args, kwargs)
 
 
 def attention_forward(
@@ -281,7 +285,7 @@ def attention_forward(
     """
     spiking = getattr(module, "spiking", None)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if spiking is None:
+    if spiking is None or getattr(spiking, "paused", False):
         eager = _eager_of(type(module))
         return eager(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     for option in ("softcap", "s_aux", "position_bias"):

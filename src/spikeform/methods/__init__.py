@@ -2,7 +2,8 @@
 
 from spikeform.methods.fas import FAS, CalibrateOptions, calibrate
 from spikeform.methods.las import LAS
+from spikeform.methods.neutransformer import NeuTransformer
 from spikeform.methods.spikellm import SpikeLLM
 from spikeform.methods.spiking_mamba import SpikingMamba
 
-__all__ = ["FAS", "LAS", "CalibrateOptions", "SpikeLLM", "SpikingMamba", "calibrate"]
+__all__ = ["FAS", "LAS", "CalibrateOptions", "NeuTransformer", "SpikeLLM", "SpikingMamba", "calibrate"]

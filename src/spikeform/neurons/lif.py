@@ -1,40 +1,129 @@
-"""The leaky integrate-and-fire (LIF) neuron with soft reset: ``v <- leak v + x(t)``, else as :mod:`.if_`.
+"""The leaky integrate-and-fire (LIF) neuron of spiking attention, its membrane empty at the beginning of each token.
 
-``leak = exp(-1 / tau)`` for a membrane time constant of tau steps; ``leak = 1`` is IF, by the same step.
+For t = 1..T, from ``V(0) = 0``, with a current ``I`` times a gain ``g`` that is learned for each head:
+
+    U(t) = V(t-1) + (g I(t) - V(t-1)) / tau;   S(t) = 1[U(t) >= theta]
+    V(t) = U(t) (1 - S(t))     (reset ``hard``)      or      U(t) - theta S(t)     (``soft``)
+
+Signed: also ``S(t) = -1`` where ``U(t) <= -theta``. The reset is left out of the gradient. tau = 1 forgets at once.
+Source: Zhou et al. 2023 (arXiv 2209.15425), whose attention has hard resets and tau = 2.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from spikeform.neurons.if_ import Fired, integrate_and_fire
+from spikeform.errors import SpikeformError
+from spikeform.neurons.neuron import Neuron
+from spikeform.neurons.operands import positive_integer
+from spikeform.neurons.surrogate import SURROGATES, spike
+from spikeform.spikes import SpikeTrain, Thermometer
+from spikeform.spikes.trace import Firing, observer
+
+RESETS = ("hard", "soft")
 
 
-def leaky_integrate_and_fire(
-    x: Tensor,
-    threshold: float | Tensor,
-    leak: float,
-    initial: float | Tensor = 0.0,
-    *,
-    ternary: bool = False,
-    surrogate: float | None = None,
-    level: float | Tensor = 1.0,
-) -> Fired:
-    """Run the neuron over an input sequence.
+class LIF(Neuron):
+    """Leaky integrate-and-fire neurons of H heads.
 
     Args:
-        x: Input currents ``[T, ..., C]``, floating, T >= 1.
-        threshold: Positive; a scalar or ``[C]``, units of ``x``.
-        leak: What stays of the potential from step to step, 0 < leak <= 1.
-        initial: ``v(0)``, units of ``x``.
-        ternary: Fire -1 at ``v <= -level threshold``.
-        surrogate: Half width of the surrogate triangle, units of ``x``; None for int8 spikes without a gradient.
-        level: The share of the threshold at which it fires, above 0.
-
-    Returns:
-        Spikes ``[T, ..., C]`` and the final potential.
+        heads: H, each with a gain of its own.
+        steps: T.
+        threshold: theta.
+        tau: Membrane time constant in steps, at least 1.
+        reset: ``hard`` or ``soft``.
+        signed: Fire -1 too.
+        surrogate: ``triangle``, ``sigmoid`` or ``arctan``.
+        site: The qualified name under which its firing is reported.
 
     Raises:
-        SpikeformError: As :func:`spikeform.neurons.if_.integrate_and_fire`.
+        SpikeformError: An argument is out of range.
+
+    Attributes:
+        gain: g, fp32 ``[H]``, a parameter; 1 to begin with.
     """
-    return integrate_and_fire(x, threshold, initial, leak=leak, ternary=ternary, surrogate=surrogate, level=level)
+
+    def __init__(
+        self,
+        heads: int,
+        steps: int,
+        *,
+        threshold: float = 1.0,
+        tau: float = 2.0,
+        reset: str = "hard",
+        signed: bool = False,
+        surrogate: str = "sigmoid",
+        site: str = "",
+    ) -> None:
+        super().__init__(site)
+        for name, value, known in (("reset", reset, RESETS), ("surrogate", surrogate, SURROGATES)):
+            if value not in known:
+                raise SpikeformError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if not threshold > 0 or not tau >= 1:
+            raise SpikeformError(f"threshold must be above 0 and tau at least 1, got {threshold} and {tau}")
+        self.steps, self.threshold, self.tau = positive_integer("steps", steps), float(threshold), float(tau)
+        self.reset, self.signed, self.surrogate = reset, signed, surrogate
+        self.gain = nn.Parameter(torch.ones(heads, dtype=torch.float32))
+
+    def current(self, x: Tensor) -> Tensor:
+        """``g I`` of ``[..., H, P, E]``, fp32 (fp64 stays fp64)."""
+        x = x if x.dtype == torch.float64 else x.float()
+        return x * self.gain.to(x.dtype)[:, None, None]
+
+    def _fire(self, currents: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+        soft = torch.is_grad_enabled() and currents[0].requires_grad
+        v, found = torch.zeros_like(currents[0]), []
+        for current in currents:
+            u = v + (current - v) / self.tau
+            s = self._spikes(u, soft)
+            found.append(s if soft else s.to(torch.int8))
+            fixed = s.detach()
+            v = u * (1 - fixed.abs()) if self.reset == "hard" else u - self.threshold * fixed
+        return torch.stack(found)
+
+    def _spikes(self, u: Tensor, soft: bool) -> Tensor:
+        if not soft:
+            fired = (u >= self.threshold).to(u.dtype)
+            return fired - (u <= -self.threshold).to(u.dtype) if self.signed else fired
+        width = self.threshold
+        fired = spike(u - self.threshold, width, kind=self.surrogate)
+        return fired - spike(-u - self.threshold, width, kind=self.surrogate) if self.signed else fired
+
+    def encode(self, x: Tensor, varying: bool = False) -> SpikeTrain:
+        """The literal spikes of T steps, side by side on the first axis.
+
+        Args:
+            x: ``[B, H, P, E]``, a current that is the same in each step; ``varying``: ``[T, B, H, P, E]``.
+            varying: Whether the first axis is time.
+
+        Returns:
+            A train ``[T, B, H, P, E]`` whose rows are windows of one step each: codes 0 or 1 (signed: also -1), int8,
+            or floating where gradients flow.
+
+        Raises:
+            SpikeformError: ``varying``, and the first axis is not T.
+        """
+        if varying and x.shape[0] != self.steps:
+            raise SpikeformError(f"{self.site}: needs {self.steps} steps on the first axis, got {x.shape[0]}")
+        current = self.current(x)
+        codes = self._fire(current.unbind(0) if varying else [current] * self.steps)
+        train = SpikeTrain(codes, codes.new_ones(1, dtype=current.dtype), Thermometer(1))
+        listener = observer()
+        if listener is not None:
+            listener(Firing(self.site, "identity", train, x, torch.zeros((), dtype=torch.int64, device=x.device)))
+        return train
+
+    def forward(self, x: Tensor, varying: bool = False) -> SpikeTrain:
+        """Alias of :meth:`encode`, so that module hooks work."""
+        return self.encode(x, varying)
+
+    def rate(self, current: Tensor) -> Tensor:
+        """Mean of ``|S(t)|`` over the steps for a current that is the same in each, ``[...]``, fp32."""
+        with torch.no_grad():
+            return self._fire([current] * self.steps).abs().float().mean(0)
+
+    def extra_repr(self) -> str:
+        """Constants and kind."""
+        kind = "signed" if self.signed else "binary"
+        return f"T={self.steps}, {kind}, theta={self.threshold}, tau={self.tau}, {self.reset} reset"

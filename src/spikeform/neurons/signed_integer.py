@@ -33,7 +33,7 @@ from spikeform.native import fixed
 from spikeform.neurons.neuron import ThresholdNeuron, entry, recorder
 from spikeform.neurons.oat import ROUNDINGS, OatForm
 from spikeform.spikes import SpikeTrain, Thermometer
-from spikeform.spikes.codings import check_steps
+from spikeform.spikes.codings import MAX_RATE_STEPS, check_steps
 from spikeform.spikes.trace import Firing, observer
 
 SPIKES = ("signed", "unsigned", "binary")
@@ -101,7 +101,7 @@ class SignedInteger(ThresholdNeuron):
     """Signed integers ``-D .. D``, sent as ternary spikes in D steps.
 
     Args:
-        steps: D, 1 to 16 (1 for ``binary``).
+        steps: D, 1 to 64 (1 for ``binary``).
         channels: C, for a threshold of each channel; None: one threshold.
         spikes: ``signed``, ``unsigned`` or ``binary``.
         alpha: Height of the surrogate gradient.
@@ -121,7 +121,7 @@ class SignedInteger(ThresholdNeuron):
     ) -> None:
         super().__init__(site)
         try:
-            check_steps(steps)
+            check_steps(steps, MAX_RATE_STEPS)
         except ValueError as error:
             raise SpikeformError(str(error)) from None
         if spikes not in SPIKES:

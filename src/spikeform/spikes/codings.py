@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_STEPS = 16
+MAX_STEPS, MAX_RATE_STEPS = 16, 64  # of codes that grow with the steps exponentially, and of rates
 
 
 def popcount(values: Tensor) -> Tensor:
@@ -83,10 +83,10 @@ class Coding:
         return (spikes != 0).sum()
 
 
-def check_steps(steps: object) -> None:
-    """Raise one clear error unless ``steps`` is an integer from 1 to 16 (a bool is not an integer here)."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"steps must be an integer from 1 to {MAX_STEPS}, got {steps!r}")
+def check_steps(steps: object, most: int = MAX_STEPS) -> None:
+    """Raise one clear error unless ``steps`` is an integer from 1 to ``most`` (a bool is not an integer here)."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= most:
+        raise ValueError(f"steps must be an integer from 1 to {most}, got {steps!r}")
 
 
 @dataclass(frozen=True)
@@ -226,11 +226,14 @@ class Thermometer(Coding):
     once: ``s(t) = sgn(n) 1[t <= |n|]``, as a neuron does that is charged in the first step alone.
 
     Args:
-        steps: Time steps T of the window, 1 to 16.
+        steps: Time steps T of the window, 1 to 64.
         early: All spikes in the first ``|n|`` steps.
     """
 
     early: bool = False
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps, MAX_RATE_STEPS)
 
     @property
     def limit(self) -> int:

@@ -48,6 +48,8 @@ class SpikeLLM(MethodConfig):
             released code's axis looks at later tokens and is not offered.
         attention: Queries, keys, values and probabilities as spikes; False leaves attention real.
         probability_bits: Bits of attention probabilities, 4 to 16.
+        lm_head: Output head: ``real`` (as released), or ``int8`` (*ours*): weights of 8 bits, rounded to nearest, one
+            scale an output row, and neurons of 7 bits and one step. A head tied to the embedding stays real.
         weight_form: ``affine``, ``ternary`` (T steps of -1, 0, 1), or ``partial_binary`` (a baseline like PB-LLM,
             whose weights are stored real; gptq only, ``weight_steps=[1, 8]``).
         weight_steps: T of each tier of input channels' weights, rising, such as ``[1, 2, 4]``.
@@ -93,6 +95,7 @@ class SpikeLLM(MethodConfig):
     key_axis: str = _option("token", "token or channel")
     attention: bool = _option(True, "queries, keys, values and probabilities as spikes")
     probability_bits: int = _option(16, "bits of attention probabilities, 4 to 16")
+    lm_head: str = _option("real", "output head: real or int8")
     weight_form: str = _option("affine", "affine, ternary or partial_binary")
     weight_steps: tuple[int, ...] = _option((1,), "T of each tier of weights, rising")
     weight_salient: tuple[float, ...] = _option((), "shares of the channels of every tier but the first")
@@ -123,6 +126,7 @@ class SpikeLLM(MethodConfig):
         choice("form", self.form, ("unified", "official"))
         choice("span", self.span, ("shared", "separate"))
         choice("key_axis", self.key_axis, ("token", "channel"))
+        choice("lm_head", self.lm_head, ("real", "int8"))
         choice("weight_form", self.weight_form, ("affine", "ternary", "partial_binary"))
         for name in LISTS:
             if not isinstance(getattr(self, name), list | tuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatch
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -12,6 +13,7 @@ from spikeform.conversion.builder import Builder, walked
 from spikeform.conversion.kinds import blocks, heads_of
 from spikeform.conversion.report import ConversionReport
 from spikeform.conversion.rotation import head_signs, restructure
+from spikeform.conversion.weights import blank_rows, code_rows, tied_head
 from spikeform.errors import ConversionError
 from spikeform.layers import CodedLinear, SpikingAttention, SpikingLinear
 from spikeform.layers.attention import NAME, install
@@ -19,12 +21,15 @@ from spikeform.methods.spikellm.config import SpikeLLM
 from spikeform.neurons import GIF, Dynamic
 from spikeform.spikes import Radix2
 
+HEAD_BITS = 7  # of the head's neurons: the most whose signed codes are int8, as the weights are
+
 _REAL = {
     "embedding": "a look-up: no product to spike through",
     "norm": "real, as the paper has it",
     "activation": "real, as the paper has it",
     "gated_mlp": "its product is real, as the paper has it",
     "unknown": "unknown module type",
+    "state_space": "the core of a state-space mixer: convolution, scan and gate",
 }
 
 
@@ -50,8 +55,28 @@ def skeleton(model: PreTrainedModel, config: SpikeLLM) -> ConversionReport:
     if config.codes:
         for name, block in blocks(model):
             put_codes(block, name, config)
-        report.follow(model)
+    blank_rows(model, _spiking_head(model))
+    report.follow(model)
     return report
+
+
+def finish(model: PreTrainedModel, config: SpikeLLM, report: ConversionReport) -> None:
+    """Code the head, where it spikes. Its neurons take the range of each token: nothing about it is calibrated.
+
+    Raises:
+        ConversionError: Its weights are not finite.
+    """
+    head = _spiking_head(model)
+    for _, layer in head:
+        if isinstance(layer.neuron, GIF):
+            layer.neuron.set_times(torch.ones_like(layer.neuron.times))
+    code_rows(model, head)
+    report.follow(model)
+
+
+def _spiking_head(model: PreTrainedModel) -> list[tuple[str, SpikingLinear]]:
+    head = model.get_output_embeddings()
+    return [(name, m) for name, m in model.named_modules() if m is head and isinstance(m, SpikingLinear)]
 
 
 def put_codes(block: nn.Module, name: str, config: SpikeLLM) -> None:
@@ -70,6 +95,7 @@ class _Builder(Builder):
     def __init__(self, model: PreTrainedModel, config: SpikeLLM, inside: tuple[str, ...]) -> None:
         super().__init__(model, config, "spikellm")
         self.inside = inside
+        self.head = model.get_output_embeddings()
 
     def stays_real(self, name: str, module: nn.Module, kind: str) -> str | None:
         """Why a module stays as it is, or None."""
@@ -77,6 +103,11 @@ class _Builder(Builder):
             return _REAL[kind] + (f" {type(module).__qualname__}" if kind == "unknown" else "")
         if any(fnmatch(name, pattern) for pattern in self.config.skip):
             return "named in skip"
+        if module is self.head:
+            if self.config.lm_head == "real":
+                return "outside the blocks (lm_head is real)"
+            tied = module is tied_head(self.model)
+            return "outside the blocks, and tied to the embedding, whose weights stay real" if tied else None
         if not name.startswith(self.inside):
             return "outside the blocks"
         if kind == "attention" and getattr(module, "is_cross_attention", False):
@@ -91,6 +122,10 @@ class _Builder(Builder):
     def _linear(self, name: str, module: nn.Linear | Conv1D) -> tuple[nn.Module, str]:
         config = self.config
         features = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+        if module is self.head:
+            neuron = GIF(HEAD_BITS, (features,), steps=1, signed=config.signed, site=name) if config.spikes else None
+            reason = f"GIF of {HEAD_BITS} bits" if config.spikes else "real activations"
+            return SpikingLinear.from_dense(module, neuron), f"{reason}, 8-bit weights"
         neuron, reason = None, "real activations"
         if config.spikes:
             neuron = self._gif((features,), name, steps=config.steps, form=config.form, span=config.span)

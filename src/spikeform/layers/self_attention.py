@@ -1,0 +1,203 @@
+"""Spiking self-attention (SSA): queries, keys and values are spikes, and there is no softmax.
+
+    Q, K, V = LIF(g_q q), LIF(g_k k), LIF(g_v v)                      T steps each, spikes per token
+    C_t[i] = sum_{j <= i} (Q_t[i] . K_t[j]) V_t[j]                    integers
+    O = LIF_{1/2}(s_h C_t[i] / n_i),   n_i = keys that i sees (or 1)
+    out = mean over t of O
+
+Without softmax the sum over j is linear, so it has a second form, equal bit for bit since all of it are integers:
+
+    S_t[i] = S_t[i-1] + K_t[i]^T V_t[i];   C_t[i] = Q_t[i] S_t[i]
+
+Chunks of positions use the first form inside, the second from chunk to chunk, so long inputs take linear time, and a
+cache holds S alone: its size does not grow. Source: arXiv 2510.00133 for the scheme, arXiv 2209.15425 for the form; the
+row factor, the signed spikes and the gains of each head are ours.
+
+B batch, H query heads, G key/value heads, R = H / G, L positions, E head size, T steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikeform.errors import SpikeformError
+from spikeform.layers.cache import CacheView
+from spikeform.layers.state_cache import StateLayer
+from spikeform.neurons.lif import LIF
+from spikeform.spikes import SpikeTrain, Thermometer
+from spikeform.spikes.trace import Product, observer
+
+CHUNK = 256  # positions that meet one another directly
+
+
+def causal_counts(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """``C`` and the last ``S``: integers, exact in fp32 while they are below 2^24.
+
+    Args:
+        q: Spikes ``[..., G, R, L, E]``, floating.
+        k: ``[..., G, L, E]``.
+        v: ``[..., G, L, E]``.
+        state: ``S`` before the first position ``[..., G, E, E]``, or None: zero.
+        chunk: Positions that meet one another directly; 1 is the recurrence, L the quadratic form.
+
+    Returns:
+        ``[..., G, R, L, E]`` and ``[..., G, E, E]``.
+    """
+    parts, length = [], q.shape[-2]
+    for start in range(0, length, chunk):
+        some = slice(start, start + chunk)
+        q_, k_, v_ = q[..., some, :], k[..., some, :], v[..., some, :]
+        scores = q_ @ k_.unsqueeze(-3).transpose(-1, -2)
+        out = scores.tril() @ v_.unsqueeze(-3)
+        parts.append(out if state is None else out + q_ @ state.unsqueeze(-3))
+        step = k_.transpose(-1, -2) @ v_
+        state = step if state is None else state + step
+    if state is None:
+        raise SpikeformError("attention over no positions")
+    return torch.cat(parts, -2), state
+
+
+class SpikingSelfAttention(nn.Module):
+    """The neurons of one attention layer, and its forward.
+
+    Args:
+        heads: H.
+        groups: G.
+        steps: T.
+        normalise: Divide by the number of keys that a query sees.
+        neuron: Options of the LIF neurons: ``tau``, ``reset``, ``signed``, ``surrogate``.
+        site: Qualified name of the attention module.
+
+    Attributes:
+        paused: Let the module attend as the dense model does: for calibration.
+    """
+
+    def __init__(
+        self, heads: int, groups: int, steps: int, *, normalise: bool = True, site: str = "", **neuron: Any
+    ) -> None:
+        super().__init__()
+        self.heads, self.groups, self.steps, self.normalise, self.site = heads, groups, steps, normalise, site
+        self.chunk, self.paused = CHUNK, False
+        self.query = LIF(heads, steps, site=f"{site}.query", **neuron)
+        self.key = LIF(groups, steps, site=f"{site}.key", **neuron)
+        self.value = LIF(groups, steps, site=f"{site}.value", **neuron)
+        self.output = LIF(heads, steps, threshold=0.5, site=f"{site}.output", **neuron)
+
+    def forward(self, q_BHLE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Attention output ``[B, L, H, E]``, multiples of 1/T.
+
+        Args:
+            q_BHLE: Real queries.
+            k_BGLE: Real keys of the same positions.
+            v_BGLE: Real values.
+            mask: Additive ``[B or 1, 1, L, L]``; what it hides from the last query is padding. None: nothing is.
+            scaling: Of the dense scores; the gains stand for it.
+        """
+        state = getattr(k_BGLE, "spikeform_state", None)
+        if k_BGLE.shape[-2] != q_BHLE.shape[-2]:
+            raise SpikeformError(f"{self.site}: {k_BGLE.shape[-2]} keys came for {q_BHLE.shape[-2]} queries")
+        with torch.autocast(q_BHLE.device.type, enabled=False):  # integers do not survive bf16
+            out_BHLE = self._attend(q_BHLE, k_BGLE, v_BGLE, _seen(mask, len(q_BHLE), q_BHLE.shape[-2]), state)
+        return out_BHLE.transpose(1, 2).contiguous().to(q_BHLE.dtype)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, seen_BL: Tensor | None, state: StateLayer | None) -> Tensor:
+        batch, length, size = len(q), q.shape[-2], q.shape[-1]
+        queries, keys, values = self.query(q), self.key(k), self.value(v)
+        if seen_BL is not None:
+            hidden = ~seen_BL[None, :, None, :, None]
+            keys, values = (_silenced(train, hidden) for train in (keys, values))
+        dtype = queries.quantum.dtype
+        q_, k_, v_ = (train.codes.to(dtype) for train in (queries, keys, values))
+        q_ = q_.view(self.steps, batch, self.groups, self.heads // self.groups, length, size)
+        before = None if state is None else state.keys
+        counts, after = causal_counts(q_, k_, v_, before, self.chunk)
+        self._tell(queries, keys, values, before is not None)
+        counts = counts.view(self.steps, batch, self.heads, length, size)
+        if self.normalise:
+            number = _number(seen_BL, batch, length, None if state is None else state.number, counts)
+            counts = counts / number[:, None, :, None]
+        if state is not None:
+            state.keep(after, length, seen_BL)
+        return self.output(counts, varying=True).codes.to(dtype).mean(0)
+
+    def _tell(self, queries: SpikeTrain, keys: SpikeTrain, values: SpikeTrain, recurrent: bool) -> None:
+        """Report the two products. In the recurrence a key's spike adds a row of values to S, a query's reads one."""
+        listener = observer()
+        if listener is None:
+            return
+        steps, batch, heads, length, size = queries.codes.shape
+        if recurrent:
+            macs = steps * batch * length * size * size
+            listener(Product(f"{self.site}.state", "hadamard", (keys, values), (size, size), macs * self.groups))
+            listener(Product(f"{self.site}.context", "linear", (queries,), (size,), macs * heads))
+            return
+        repeat = heads // self.groups
+        keys, values = (train.map(lambda x: x.repeat_interleave(repeat, 2)) for train in (keys, values))
+        causal = torch.ones(length, length, dtype=torch.bool, device=queries.codes.device).tril()
+        macs = steps * batch * heads * length * length * size
+        fan = (length, length)
+        told = (queries, keys), fan, macs
+        listener(Product(f"{self.site}.scores", "matmul", *told, mask=causal, transposed=True))
+        scores = (queries.codes.to(torch.int16) @ keys.codes.to(torch.int16).transpose(-1, -2)).tril()
+        train = SpikeTrain(scores, queries.quantum, Thermometer(1))
+        listener(Product(f"{self.site}.context", "matmul", (train, values), (size, length), macs, connected=causal))
+
+    def view(self, cache: Any) -> CacheView:
+        """The cache as this layer sees it: it is handed what is new, and keeps S."""
+        return StateView(cache, self.site)
+
+    def extra_repr(self) -> str:
+        """Heads, steps and the row factor."""
+        row = ", divided by the keys seen" if self.normalise else ""
+        return f"heads={self.heads}, groups={self.groups}, T={self.steps}{row}"
+
+
+class StateView(CacheView):
+    """Puts a :class:`StateLayer` in the place of a cache's layer of keys and values."""
+
+    def __init__(self, cache: Any, site: str) -> None:
+        super().__init__(cache)
+        self._site = site
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        """Nothing is appended: keys and values come back as they are, the layer's state beside them.
+
+        Raises:
+            SpikeformError: The cache was filled by a dense model.
+        """
+        layers = self._cache.layers
+        while len(layers) <= layer_idx:
+            layers.append(StateLayer())
+        if not isinstance(layers[layer_idx], StateLayer):
+            if self.held_keys(layer_idx) is not None and layers[layer_idx].get_seq_length() > 0:
+                raise SpikeformError(f"{self._site}: the cache holds keys of a dense model; begin with a new one")
+            layers[layer_idx] = StateLayer()
+        marked: Any = key_states
+        marked.spikeform_state = layers[layer_idx]
+        return key_states, value_states
+
+
+def _seen(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """Which keys are no padding ``[B, L]``: what the last query sees. At first a static cache has room for more."""
+    if mask is None:
+        return None
+    last = mask[:, 0, -1, :length]
+    seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+    return seen.expand(batch, -1)
+
+
+def _silenced(train: SpikeTrain, hidden: Tensor) -> SpikeTrain:
+    return SpikeTrain(train.codes.masked_fill(hidden, 0), train.quantum, train.coding)
+
+
+def _number(seen: Tensor | None, batch: int, length: int, before: Tensor | None, like: Tensor) -> Tensor:
+    """Keys that each query sees, itself included, at least 1: ``[B, L]``."""
+    if seen is None:
+        number = torch.arange(1, length + 1, dtype=like.dtype, device=like.device).expand(batch, -1)
+    else:
+        number = seen.to(like.dtype).cumsum(-1)
+    number = number if before is None else number + before[:, None].to(like.dtype)
+    return number.clamp(min=1)
