@@ -18,6 +18,7 @@ from spikeform.layers import CodedLinear, SpikingLinear
 from spikeform.neurons import GIF
 from spikeform.spikes.trace import Firing, Product, observe
 from spikeform.synapses import EXECUTORS, fused
+from spikeform.synapses.dispatch import kernels
 
 CALIBRATION, IDS = families.tokens(rows=2, length=12, seed=5), families.tokens()
 OWN = ("llama", "qwen2", "gpt_neox", "phi")  # heads of their own; phi's has a bias
@@ -101,6 +102,7 @@ def test_it_is_the_product_of_the_rounded_numbers():
     assert bool((error <= span / 127 * 0.5001).all())
 
 
+@pytest.mark.skipif(not kernels("cpu")[0], reason=kernels("cpu")[1])
 def test_one_fused_product_where_neurons_are_the_usual_ones(monkeypatch):
     calls, run = [], fused.gif_linear
 
