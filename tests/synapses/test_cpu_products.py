@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from torch import nn
 
+from spikeform.layers import CodedLinear
 from spikeform.native.library import level
-from spikeform.neurons import GIF, MT, OAT
+from spikeform.neurons import GIF, MT, OAT, SignedInteger
 from spikeform.neurons.cpu import gif as gif_kernels
 from spikeform.neurons.cpu import oat
 from spikeform.neurons.oat import ROUNDINGS
 from spikeform.spikes import Radix2
-from spikeform.synapses import IntegerWeight, fused, linear
+from spikeform.synapses import IntegerWeight, executor, fused, fusible, linear
 from spikeform.synapses.cpu import products
 
 LEVELS = {"portable": 0, "avx2": 1, "avx512": 2}
@@ -174,7 +176,11 @@ def test_gif_with_integer_weights_has_the_temporal_sums(shape, dtype, bits, step
 @pytest.mark.parametrize("shape", [(1, 64, 64), (2, 200, 192), (3, 130, 37), (1, 77, 200), (1, 64, 8400), (0, 64, 64)])
 @pytest.mark.parametrize("zeros", [0.0, 0.7, 0.97, 1.0])
 @pytest.mark.parametrize(
-    "kinds", [("int8", "int8"), ("int8", "int4"), ("fp32", "bf16"), ("fp32", "int8"), ("fp32", "int4")]
+    "kinds",
+    [
+        *(("int8", "int8"), ("int8", "int4"), ("int8", "bf16"), ("int8", "fp32")),
+        *(("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "int8"), ("fp32", "int4")),
+    ],
 )
 @pytest.mark.usefixtures("level_in_use")
 def test_events(shape, zeros, kinds):
@@ -189,20 +195,69 @@ def test_events(shape, zeros, kinds):
         "int8": lambda: real.to(torch.int8),
         "int4": lambda: fused.pack_nibbles(real + 8),
         "bf16": lambda: (real / 64).bfloat16(),
+        "fp32": lambda: real / 64 + random(K, N, seed=5),
     }[kinds[1]]()
-    real = rows.double() if kinds[1] == "bf16" else real.double()
+    real = rows.double() if rows.is_floating_point() else real.double()
     scale = random(N, seed=3)
     found = fused.event_product(values, rows, scale, N)
     whole = fused.event_product(values, rows, None, N)
     wanted = values.double() @ real
     assert found.dtype == torch.float32
-    if kinds[0] == "int8":
+    if kinds[0] == "int8" and not rows.is_floating_point():
         assert torch.equal(whole, wanted.float())
         assert torch.equal(found, wanted.float() * scale)
     else:
         size = values.abs().double() @ real.abs()
         assert bool(((whole - wanted).abs() <= 2.0**-21 * size).all())
         assert bool(((found - wanted * scale).abs() <= 2.0**-20 * size * scale.abs()).all())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize(("steps", "K", "N"), [(4, 256, 130), (8, 77, 37), (1, 64, 64)])
+@pytest.mark.usefixtures("level_in_use")
+def test_signed_integers_unrolled_summed_and_visited_are_one(rows, steps, K, N):
+    """int8 weights: step by step, one product of the integers, and the active rows alone, bit for bit."""
+    neuron = SignedInteger(steps, site="up")
+    neuron.set_threshold(0.7)
+    dense = nn.Linear(K, N)
+    dense.neuron = neuron
+    weight = IntegerWeight(
+        integers(N, K).to(torch.int8), random(1, N, seed=2).abs(), torch.full((1, N), 128, dtype=torch.int16), None, 8
+    )
+    layer = CodedLinear.from_spiking(dense, weight, "up").requires_grad_(False)
+    x = random(rows, K)
+    x[0, :5] = torch.tensor([0.35, -1.05, 0.0, 99.0, -99.0])  # ties, silence, saturation
+    with executor("temporal"):
+        wanted = layer(x)
+    found = [layer(x)]
+    with executor("collapsed"):
+        found.append(layer(x))
+    with executor("event"):
+        found.append(layer(x))
+    layer.event_rows = layer.weight.T.contiguous()
+    found.append(layer(x))
+    assert all(torch.equal(y, wanted) for y in found)
+    if neuron.closed_form() is not None and fusible(x):
+        layer.event_rows = torch.zeros_like(layer.event_rows)
+        assert torch.equal(layer(x), layer.bias.expand(rows, N))  # so it was these rows that were visited
+
+
+@pytest.mark.parametrize("peak", [1, 4, 16, 31, 32, 127])
+@pytest.mark.usefixtures("level_in_use")
+def test_sums_of_many_like_signs_do_not_overflow(peak):
+    """Sums that are as large as can be, at every number of rows that is added up in 16 bits."""
+    values = torch.full((1, 600), peak, dtype=torch.int8)
+    rows = torch.full((600, 96), -128, dtype=torch.int8)
+    rows[:, 1::2] = 127
+    assert torch.equal(fused.event_product(values, rows, None, 96), (values.double() @ rows.double()).float())
+    values[0, ::3] = -peak
+    assert torch.equal(fused.event_product(values, rows, None, 96), (values.double() @ rows.double()).float())
+
+
+def test_values_of_other_types_are_read_as_they_are():
+    values, rows = random(2, 40).bfloat16(), random(40, 64, seed=2)
+    assert torch.allclose(fused.event_product(values, rows, None, 64), values.float() @ rows, atol=1e-5)
+    assert torch.allclose(fused.event_product(values.float(), rows.half(), None, 64), values.float() @ rows, atol=2e-2)
 
 
 def test_many_rows():

@@ -10,6 +10,7 @@ from spikeform.cli.views import size_line
 
 COLUMNS = ("site", "layer", "neuron", "function", "steps", "coding", "thresholds")
 GIF_COLUMNS = ("site", "layer", "neuron", "steps", "levels", "signed", "channels by T", "salient")
+INTEGER_COLUMNS = ("site", "layer", "neuron", "spikes", "steps", "thresholds", "per_channel")
 WEIGHT_COLUMNS = ("site", "weights", "bits", "channels by T", "bytes", "over bf16")
 BLOCKS_TITLE = "blocks on the calibration data: mean steps of a channel, squared error over what the dense block adds"
 STREAMING_COLUMNS = ("site", "layer", "neuron", "steps", "levels", "signed", "thresholds", "scale", "initial")
@@ -46,13 +47,17 @@ def run(out: Checkpoint, as_json: Json = False) -> None:
         streaming = [row for row in spiking if "initial" in row]
         bursts = [row for row in spiking if "salient" in row]
         integers = [row for row in spiking if "weight_bits" in row]
-        others = [row for row in spiking if row not in streaming and row not in bursts]
+        integral = [row for row in spiking if "spikes" in row]
+        others = [row for row in spiking if row not in streaming and row not in bursts and row not in integral]
         windowed = [row for row in others if row["neuron"] != "weights"]
         if streaming:
             title = f"{len(streaming)} streaming neuron populations (scale, initial: least and largest)"
             output.table(streaming, STREAMING_COLUMNS, title=title)
         if windowed:
             output.table(windowed, COLUMNS, title=f"{len(windowed)} neuron populations")
+        if integral:
+            title = f"{len(integral)} signed-integer neuron populations (per channel: least and largest threshold)"
+            output.table(integral, INTEGER_COLUMNS, title=title)
         if bursts:
             if windowed or streaming:
                 output.say()

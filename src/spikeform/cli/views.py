@@ -68,6 +68,8 @@ def show_energy(output: Output, report: EnergyReport) -> None:
     )
     if report.streaming:
         _show_streaming(output, report)
+    elif report.accountings:
+        _show_accountings(output, report.accountings)
     # The measure of networks of bursts and integer weights; for others it is in the document alone.
     if report.ace and any("weight_bits" in row or "Burst" in row.get("coding", ()) for row in report.per_site):
         _show_effort(output, report.ace)
@@ -97,6 +99,29 @@ def _show_streaming(output: Output, report: EnergyReport) -> None:
         rows.append({label: "bytes of weights read for a token", "times": decoding["weight_ratio"]})
         rows.append({label: "bytes of the cache of keys and values", "times": decoding["cache_ratio"]})
     output.table([{**row, "times": f"{row['times']:.2f} x"} for row in rows])
+
+
+def _show_accountings(output: Output, found: dict[str, Any]) -> None:
+    """What the products alone of a state-space model cost, by what is taken in."""
+    output.say()
+    rows = [
+        {
+            "products alone": name,
+            "MACs that spikes replace": f"{account['spiking_macs']:,}",
+            "MACs that stay": f"{account['other_macs']:,}",
+            "r": f"{account['rate']:.3f}",
+            **{f"{cost}": f"{own['times_less']:.2f} x less" for cost, own in account["estimates"].items()},
+        }
+        for name, account in found.items()
+    ]
+    output.table(rows, title="ESTIMATED energy of the products alone, dense over spiking, in the papers' way")
+    prices = next(iter(found.values()))["estimates"]
+    constants = ", ".join(f"{own['mac']:.3g} and {own['ac']:.3g} pJ ({name})" for name, own in prices.items())
+    output.say(
+        f"r: additions for each MAC that spikes replace. A MAC and an addition: {constants}. In none of these: "
+        "neurons, memory traffic, norms, gates, biases, functions. The first table has more of them.",
+        "dim",
+    )
 
 
 def _show_effort(output: Output, ace: dict[str, Any]) -> None:

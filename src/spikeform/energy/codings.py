@@ -8,7 +8,7 @@ from math import ceil, log2
 import torch
 from torch import Tensor
 
-from spikeform.spikes import Burst, Coding, MultiThreshold, SignedDigit, SpikeTrain
+from spikeform.spikes import Burst, Coding, MultiThreshold, SignedDigit, SpikeTrain, Thermometer
 from spikeform.spikes.codings import popcount
 
 
@@ -53,7 +53,7 @@ def tiers_of(coding: Coding) -> tuple[int, ...]:
 
 def slot_bits(coding: Coding, signed: bool) -> int:
     """Bits of one step of one element: 2 of a ternary spike, ``ceil(log2(levels + 1))`` of a graded one, else 1."""
-    if _ternary(coding, signed):
+    if _ternary(coding, signed) or (isinstance(coding, Thermometer) and coding.early and signed):
         return 2
     return bits_for(coding.levels + 1) if isinstance(coding, MultiThreshold | Burst) else 1
 
@@ -161,7 +161,8 @@ def wire_bits(train: SpikeTrain, parts: tuple[int, ...], spikes: int, signed: bo
 
 
 def _window_bits(coding: Coding, steps: int, signed: bool) -> int:
-    bits = steps * slot_bits(coding, signed)
+    # A thermometer's sign is the element's: on a wire it is sent once.
+    bits = steps * (1 if isinstance(coding, Thermometer) else slot_bits(coding, signed))
     if isinstance(coding, Burst) and coding.residual:  # the last step sends what is left, too
         bits += bits_for(coding.levels + steps) - bits_for(coding.levels + 1)
     return bits

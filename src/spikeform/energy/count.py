@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from spikeform.energy.codings import additions, comparisons, parts_of
 from spikeform.energy.linears import biased, count_linear, count_units, count_weights
+from spikeform.energy.mixers import mixer_hooks, unheard
 from spikeform.energy.real import RealTally, real_hooks
 from spikeform.energy.tallies import DenseTally, FiringTally, Population, ProductTally, total
 from spikeform.energy.weights import Weights, weights_of
@@ -41,7 +42,7 @@ class Counter:
 
     Args:
         steps: T of a streaming network, whose one-step windows fill T rows of the batch each; 0 for others.
-        real: Count attention and gated products of real numbers too.
+        real: Count attention, gated products and scans of real numbers too.
 
     Attributes:
         products: Tally per (site, kind).
@@ -169,12 +170,15 @@ class Counter:
         """Count events and, by hooks, what modules do in real numbers.
 
         That is: linear layers that run without a spike (MACs), biases (additions), norm gains
-        (multiplications); and, if asked for, attention and gated products.
+        (multiplications); what a state-space mixer reads itself (:mod:`spikeform.energy.mixers`); and, if asked for,
+        attention, gated products and scans.
         """
         handles = real_hooks(self.real, model) if self._wants_real else []
+        handles += mixer_hooks(self.dense, self.real if self._wants_real else None, model)
+        elsewhere = unheard(model)
         for name, module in model.named_modules():
             weight, bias = (getattr(module, key, None) for key in ("weight", "bias"))
-            if isinstance(weight, Tensor) and not isinstance(module, nn.Embedding):
+            if isinstance(weight, Tensor) and not isinstance(module, nn.Embedding) and name not in elsewhere:
                 handles += self._hook(name, module, weight, bias)
         try:
             with observe(self):

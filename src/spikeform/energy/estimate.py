@@ -64,6 +64,8 @@ def _real(ops: dict[str, int], model: CostModel) -> Lines:
     if "attention_macs" in ops:
         lines["attention"] = ops["attention_macs"] * model.mac
         lines["gated_products"] = ops["gated_multiplications"] * model.multiply
+    if "scan_macs" in ops:
+        lines["scan"] = ops["scan_macs"] * model.mac
     return lines
 
 
@@ -131,8 +133,10 @@ def _real_operations(counter: Counter) -> dict[str, int]:
         "real_additions": sum(t.additions for t in counter.dense.values()),
     }
     if counter.real:
-        found["attention_macs"] = sum(t.macs for t in counter.real.values())
+        scans = [t.macs for t in counter.real.values() if t.kind == "scan"]
+        found["attention_macs"] = sum(t.macs for t in counter.real.values() if t.kind == "attention")
         found["gated_multiplications"] = sum(t.multiplications for t in counter.real.values())
+        found |= {"scan_macs": sum(scans)} if scans else {}
     return found
 
 

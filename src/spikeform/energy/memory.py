@@ -17,8 +17,8 @@ def memory(counter: Counter, model: CostModel, baseline: Counter | None = None) 
     Weights: from DRAM once a forward call, then from SRAM. A multiplying network reads each once (it reuses it for
     all tokens of the call); the spiking one fetches only rows whose channel spikes, and reads a row once in every
     step in which the channel spikes in some token: at most its spikes, and at most the window (exact at one token,
-    an upper bound at more). Activations: each operand written once and read once; with a baseline also those of
-    products that stay real. Spiking: the wire bits of its train; the potential of every neuron; and the codes of
+    an upper bound at more). Activations: each operand written once and read once; with a baseline, or scans, also those
+    of products that stay real. Spiking: the wire bits of its train; the potential of every neuron; and the codes of
     both running sums of a product of two trains. Integer weights are as many bits as their file has, and so are their
     scales; the dense network has its own weights.
     """
@@ -49,10 +49,9 @@ def memory(counter: Counter, model: CostModel, baseline: Counter | None = None) 
         "dense": {**_once(weights, model), "activations": 2 * (elements * model.activation_bytes + real) * sram},
         "quantised": {**_once(stored, model), "activations": 2 * (_coded_bytes(rival) + real) * sram},
     }
-    if inputs:
-        lines["spiking"]["activations"] = 2 * inputs * sram
+    if counter.real or inputs:
+        lines["spiking"]["activations"] = 2 * (_real_bytes(counter, model) + inputs) * sram
     if baseline is not None:
-        lines["spiking"]["activations"] = 2 * _real_bytes(counter, model) * sram
         once = _once(stored, model)
         lines["quantised_steps"] = {**once, "activations": 2 * (_coded_bytes(baseline, counter.steps) + real) * sram}
     return lines

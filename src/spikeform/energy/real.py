@@ -1,9 +1,10 @@
-"""What a network does in real numbers beside its linear layers: attention, gated products, functions.
+"""What a network does in real numbers beside its linear layers: attention, gated products, scans, functions.
 
 Nothing here is a product of spike trains, so no event tells of it; hooks read it off the shapes. They stand next to
 the modules, inside other hooks: those of a streaming network repeat what is computed once, after it was. Of attention
 ``softmax(Q K^T) V`` both products count, two MACs for each visible pair of tokens and each channel of the
-context: what a causal or padding mask hides is counted nowhere, as for products of trains.
+context: what a causal or padding mask hides is counted nowhere, as for products of trains. Scans are counted by
+:mod:`spikeform.energy.mixers`.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ class RealTally:
 
     Attributes:
         site: The module's name.
-        kind: ``attention``, ``gated_mlp``, ``activation``, ``norm``, ``linear``, or ``gated_linear``, which receives
-            real values that spikes let pass or not.
-        macs: MACs of both products of attention.
-        multiplications: Products of a gated feed-forward block, before its down projection.
+        kind: ``attention``, ``gated_mlp``, ``scan``, ``activation``, ``norm``, ``linear``, or ``gated_linear``, which
+            receives real values that spikes let pass or not.
+        macs: MACs of both products of attention, or of a scan.
+        multiplications: Products of a gated feed-forward block, before its down projection; of a mixer's gate.
         functions: Values of exp (attention), an activation function or a norm; counted, not priced.
-        elements: Real activations that products read: inputs of linear layers, queries, keys and values.
+        elements: Real activations that products read: inputs of linear layers, queries, keys and values; of a mixer
+            the inputs of its convolution and of its scan.
         zeros: Inputs of a ``gated_linear`` that no spike let pass; counted, not credited.
     """
 

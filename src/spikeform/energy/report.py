@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikeform.energy import streaming
+from spikeform.conversion.kinds import mixers
+from spikeform.energy import state_space, streaming
 from spikeform.energy.ace import effort
 from spikeform.energy.count import Counter
 from spikeform.energy.estimate import operations, price
@@ -59,7 +60,8 @@ class EnergyReport:
         break_even: What the figures above must stay below.
         not_counted: What is in no figure.
         protocol: Model, data and settings that reproduce the numbers.
-        accountings: Of a streaming network: what runs, and the papers' convention, by cost model.
+        accountings: Of a streaming network: what runs, and the papers' convention, by cost model. Of a state-space
+            model: products alone, in three widths (:mod:`spikeform.energy.state_space`).
         streaming: Of a streaming network: operations, attention, weights and cache beside one dense pass.
         ace: Of other networks: arithmetic computation effort of the converted linear layers, beside uniform 4 and 5
             bits and dense fp16, and the additive fraction (:func:`spikeform.energy.ace.effort`).
@@ -147,7 +149,8 @@ def energy(
         raise SpikeformError(
             "at steps=0 the model is the QCFS network, which sends no spikes: set_steps(model, 8) first"
         )
-    counter = _counted(spiking, ids, batch_size, window, steps, real=bool(steps))
+    scans = bool(mixers(spiking))
+    counter = _counted(spiking, ids, batch_size, window, steps, real=bool(steps) or scans)
     if not counter.products and not (steps and counter.firings):
         raise SpikeformError("no spike train reached a synapse: the model is dense; convert it first")
     baseline = None
@@ -181,7 +184,13 @@ def energy(
         },
         not_counted=_not_counted(spiking, steps) + _left_out(spiking, counter),
         protocol=_protocol(spiking, dense, ids, batch_size, window),
-        accountings=streaming.accountings(counter, baseline, estimates, models) if baseline else {},
+        accountings=(
+            streaming.accountings(counter, baseline, estimates, models)
+            if baseline
+            else state_space.accountings(counter, spiking, models)
+            if scans
+            else {}
+        ),
         streaming=streaming.facts(spiking, ids[:, :window], counter, baseline) if baseline else {},
         ace={} if baseline else effort(counter, ids.numel()),
     )
@@ -256,16 +265,19 @@ def _sent(counter: Counter) -> tuple[int, int, int]:
 def _not_counted(model: nn.Module, steps: int) -> list[str]:
     if steps:
         return streaming.NOT_COUNTED
+    if mixers(model):
+        return state_space.NOT_COUNTED
     return [*NOT_COUNTED, ROW_BY_ROW] if any(isinstance(m, GIF) for m in model.modules()) else NOT_COUNTED
 
 
 def _left_out(model: nn.Module, counter: Counter) -> list[str]:
-    """Modules that the conversion left dense and whose work no hook can count."""
+    """Modules that the conversion left dense and whose work no hook can count; a mixer's parts are told elsewhere."""
     rows = getattr(getattr(model, "spikeform_report", None), "rows", [])
     counted = {name for name, tally in counter.dense.items() if tally.macs}
     counted |= {name for name, tally in counter.real.items() if tally.macs or tally.multiplications}
+    told = ("embedding", "state_space")
     left = Histogram(
-        row.kind for row in rows if row.replaced_by is None and row.kind != "embedding" and row.name not in counted
+        row.kind for row in rows if row.replaced_by is None and row.kind not in told and row.name not in counted
     )
     return [f"left dense and not counted: {number} x {kind}" for kind, number in sorted(left.items())]
 

@@ -119,7 +119,7 @@ def linear_macs(counter: Counter) -> int:
 def attention_macs(counter: Counter) -> int:
     """MACs of both products of attention, of trains or of real numbers."""
     spiking = sum(t.macs for t in counter.products.values() if t.kind == "matmul")
-    return spiking + sum(t.macs for t in counter.real.values())
+    return spiking + sum(t.macs for t in counter.real.values() if t.kind == "attention")
 
 
 def _linears(counter: Counter) -> list:

@@ -113,7 +113,7 @@ class SpikingLinear(nn.Linear):
     ) -> Tensor:
         """Small integers are numbers of any dtype: one product of them, and the unit comes last."""
         if self.event_rows is not None and self.visits(x):
-            out = event_product(neuron.integers(x).float(), self.event_rows, None, self.out_features)
+            out = event_product(neuron.integers(x), self.event_rows, None, self.out_features)
         else:
             out = oat_linear(neuron.potential(x), weight, None, *form, True)
         return self.finished(out, neuron.unit(), bias, x.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spikeform.errors import SpikeformError
 from spikeform.layers import CodedLinear
-from spikeform.neurons import GIF, Neuron, StreamingNeuron
+from spikeform.neurons import GIF, Neuron, SignedInteger, StreamingNeuron
 from spikeform.report.weights import weight_row
 
 
@@ -26,8 +26,10 @@ def inspect(model: nn.Module) -> list[dict[str, Any]]:
         ``signed``, and the ranges ``[least, largest]`` of ``scale`` and ``initial``: its firing threshold is
         ``threshold * scale``, its initial potential ``initial`` times that. A GIF neuron's ``steps`` are the most
         of a channel; it has ``levels`` (spikes of a full step), ``signed``, ``channels``: the share of them for each T,
-        and ``salient``: the share with more than one step. A layer of integer weights has ``weight_bits``,
-        ``weight_form``, ``weight_steps``, ``bytes`` and ``bf16_bytes`` (see
+        and ``salient``: the share with more than one step. A signed-integer neuron's ``steps`` are D; it has ``spikes``
+        (``signed``, ``unsigned``, ``binary``) and ``folded`` (whether the weights carry its thresholds), and where
+        it has one of each channel, ``thresholds`` are the least and the largest. A layer of integer weights has
+        ``weight_bits``, ``weight_form``, ``weight_steps``, ``bytes`` and ``bf16_bytes`` (see
         :func:`spikeform.report.weights.weight_row`); its ``neuron`` is ``weights`` where its input is real.
 
     Raises:
@@ -55,7 +57,10 @@ def _row(name: str, neuron: Neuron, modules: dict[str, nn.Module]) -> dict[str, 
         return _streaming_row(name, neuron, modules)
     coding = getattr(neuron, "coding", None)
     threshold = getattr(neuron, "threshold", None)
-    shift = getattr(neuron, "channel_shift", None)
+    values = threshold.flatten().tolist() if isinstance(threshold, Tensor) else None
+    by_channel = isinstance(neuron, SignedInteger) and neuron.per_channel
+    if by_channel and values:
+        values = [min(values), max(values)]
     owner = modules.get(name.rpartition(".")[0])
     return {
         "site": neuron.site or name,
@@ -64,10 +69,11 @@ def _row(name: str, neuron: Neuron, modules: dict[str, nn.Module]) -> dict[str, 
         "steps": getattr(coding, "steps", None),
         "coding": type(coding).__name__ if coding is not None else None,
         "window": getattr(coding, "window", None),
-        "thresholds": threshold.flatten().tolist() if isinstance(threshold, Tensor) else None,
-        "per_channel": shift is not None,
+        "thresholds": values,
+        "per_channel": by_channel or getattr(neuron, "channel_shift", None) is not None,
         "function": getattr(neuron, "function", "identity"),
         **(_times(neuron) if isinstance(neuron, GIF) else {}),
+        **({"spikes": neuron.spikes, "folded": neuron.folded} if isinstance(neuron, SignedInteger) else {}),
         **(weight_row(owner) if isinstance(owner, CodedLinear) else {}),
     }
 
@@ -113,7 +119,7 @@ def _streaming_row(name: str, neuron: StreamingNeuron, modules: dict[str, nn.Mod
 
 
 def _range(values: Tensor) -> list[float]:
-    return [float(values.min()), float(values.max())]
+    return [float(values.detach().min()), float(values.detach().max())]
 
 
 def _class(module: nn.Module | None) -> str | None:

@@ -9,11 +9,13 @@ SF_INLINE void ask_for(const uint8_t* place, int64_t bytes) {
 }
 
 SF_INLINE int32_t term(int32_t sum, int32_t value, int8_t weight) { return sum + value * int32_t(weight); }
+SF_INLINE int16_t term(int16_t sum, int16_t value, int8_t weight) { return int16_t(sum + value * int16_t(weight)); }
 SF_INLINE float fused(float sum, float value, float weight) {
     return SF_LEVEL ? __builtin_fmaf(value, weight, sum) : sum + value * weight;
 }
 SF_INLINE float term(float sum, float value, int8_t weight) { return fused(sum, value, float(weight)); }
 SF_INLINE float term(float sum, float value, bf16 weight) { return fused(sum, value, real(weight)); }
+SF_INLINE float term(float sum, float value, float weight) { return fused(sum, value, weight); }
 
 // sums[j] += sum over active rows of value * row[begin + j], j < count.
 template <class Sum, class Weight>
@@ -120,6 +122,20 @@ static void visit_blocks(const uint8_t* rows, int64_t stride, const int32_t* ind
 
 #endif
 
+constexpr int64_t WORTHY = 8;  // rows between two additions of sums of 16 bits: fewer gain nothing
+
+// As `visit`, of small integers: sums of 16 bits, `group` rows at a time. Measured against 32 bits, |values| <= 4: 1.2
+// to 1.9 times as fast with AVX2, 2 to 4 without.
+SF_INLINE void visit_short(const int8_t* rows, int64_t N, const Active& a, int64_t group, int64_t begin, int64_t count,
+                           int32_t* sums) {
+    alignas(64) int16_t part[SLAB];
+    for (int64_t i = 0; i < a.count; i += group) {
+        std::memset(part, 0, size_t(count) * 2);
+        visit(rows, N, a.index + i, a.shorts + i, std::min(group, a.count - i), begin, count, part);
+        for (int64_t j = 0; j < count; j++) sums[j] += part[j];
+    }
+}
+
 // Columns begin..end of int8 rows times integers, out int32.
 static void event_int8(const int8_t* rows, int64_t N, const Active& a, int64_t begin, int64_t end, int32_t* out) {
     int64_t n = begin;
@@ -137,8 +153,12 @@ static void event_int8(const int8_t* rows, int64_t N, const Active& a, int64_t b
 #endif
     for (; n < end; n += SLAB) {
         const int64_t count = std::min(SLAB, end - n);
+        const int64_t group = a.short_rows();
         std::memset(out + (n - begin), 0, size_t(count) * 4);
-        visit(rows, N, a.index, a.whole, a.count, n, count, out + (n - begin));
+        if (group >= WORTHY)
+            visit_short(rows, N, a, group, n, count, out + (n - begin));
+        else
+            visit(rows, N, a.index, a.whole, a.count, n, count, out + (n - begin));
     }
 }
 
@@ -191,6 +211,9 @@ SF_INLINE void event_real(const Weight* rows, int64_t N, const Active& a, int64_
         std::memset(out + (n - begin), 0, size_t(count) * 4);
         visit(rows, N, a.index, a.reals, a.count, n, count, out + (n - begin));
     }
+}
+static void event_real_fp32(const float* rows, int64_t N, const Active& a, int64_t begin, int64_t end, float* out) {
+    event_real(rows, N, a, begin, end, out);
 }
 static void event_real_bf16(const bf16* rows, int64_t N, const Active& a, int64_t begin, int64_t end, float* out) {
     event_real(rows, N, a, begin, end, out);
