@@ -1,11 +1,15 @@
 """Attention on codes on a GPU: checked against SpikingAttention, timed beside PyTorch's attention in bf16.
 
-    python benchmarks/gpu_attention.py --out benchmarks/results/gpu-attention.json [--sweep decode|prefill|all]
+    python benchmarks/gpu_attention.py [--out FILE] [--before FILE] [--seconds 90] [--sweep decode|prefill|all]
+
+What matters most is timed first, beside the figures of ``--before`` (default: the file in results/). When ``--seconds``
+are spent, what is left is named and not measured, and the file is called ``.partial.json``. ``--sweep`` prints the
+fastest sizes of programs; ``--quick`` is a dry run on small shapes (on a CPU with TRITON_INTERPRET=1).
 
 A figure is the time of one call in a CUDA graph of several, each on a cache of its own, so that no cache of the
 processor holds it; the best of several replays. Shapes are those of LLaMA-7B (32 heads of 128), and with 8 key/value
-heads. ``oat`` has two free thresholds, ``oat2`` two that are powers of two, ``gif`` 4 bits, rotated. ``--sweep`` prints
-the fastest sizes of programs; ``--quick`` is a dry run on small shapes (on a CPU with TRITON_INTERPRET=1).
+heads. ``oat`` has two free thresholds, ``oat2`` two that are powers of two, ``gif`` 4 bits, rotated; ``sdpa`` is
+PyTorch's attention. ``parts`` are the kernels of one call, by PyTorch's profiler.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import itertools
 import json
 import os
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,63 +147,105 @@ def microseconds(call: Callable[[int], object], calls: int = 8, rounds: int = 20
     return min(times)
 
 
-def check(quick: bool) -> list[dict]:
+class Clock:
+    """Seconds since the start, of those that there are."""
+
+    def __init__(self, seconds: float) -> None:
+        self.start, self.seconds, self.left_out = time.perf_counter(), seconds, []
+
+    def allows(self, what: object) -> bool:
+        """Whether there is time for one more thing; else it is noted as left out."""
+        if time.perf_counter() - self.start < self.seconds:
+            return True
+        self.left_out.append(str(what))
+        return False
+
+
+def check(quick: bool, clock: Clock) -> list[dict]:
     """How far the kernels are from the layer in fp32, in probability units times the largest value."""
     found = []
-    shapes = (
-        [(1, 60, 70), (9, 60, 70)] if quick else [(1, 900, 1024), (3, 1024, 1024), (100, 1000, 1024), (700, 700, 700)]
-    )
-    for kind, (length, seen, slots), groups in itertools.product(KINDS, shapes, (2, 4)):
+    shapes = [(1, 60, 70), (9, 60, 70)] if quick else [(1, 900, 1024), (3, 1024, 1024), (700, 700, 700)]
+    for kind, (length, seen, slots), groups in itertools.product(KINDS, shapes, (2,)):
+        row = {"kind": kind, "L": length, "S": seen, "slots": slots, "G": groups}
+        if not clock.allows(row):
+            continue
         case = Case(kind, length, seen, slots, 4, groups, 32 if quick else 128)
         case.q = case.q.float()  # bf16 results would hide what differs
-        error = (case.run(0) - case.reference()).abs()
+        expected = case.reference()
+        error = (case.run(0) - expected).abs()
         unit = 1 / 65535 if kind == "gif" else float(case.layer.probability.quantum().max())
-        scale = unit * float(case.real[0][1].abs().max())
-        size = float(case.reference().abs().max())
-        row = {
-            "kind": kind,
-            "L": length,
-            "S": seen,
-            "slots": slots,
-            "G": groups,
-            "max_units": float(error.max()) / scale,
-        }
+        scale, size = unit * float(case.real[0][1].abs().max()), float(expected.abs().max())
+        row |= {"max_units": float(error.max()) / scale}
         row |= {"mean_units": float(error.mean()) / scale, "max_relative": float(error.max()) / size}
         found.append({key: round(x, 5) if isinstance(x, float) else x for key, x in row.items()})
-        print(found[-1], flush=True)
+        print("check", found[-1], flush=True)
     return found
 
 
-def times(quick: bool) -> list[dict]:
+# Queries, keys seen, slots of the cache, key/value heads of 32: what matters most comes first.
+SHAPES = [
+    (2048, 2048, 2048, 32), (1, 1024, 1024, 8), (1, 4096, 4096, 8), (1, 1024, 1024, 32), (2048, 2048, 2048, 8),
+    (1, 512, 4096, 8), (1, 256, 256, 8), (1, 4096, 4096, 32), (512, 512, 512, 32), (1, 256, 256, 32),
+    (1, 512, 4096, 32), (4, 1024, 1024, 8), (4, 1024, 1024, 32), (512, 512, 512, 8),
+]  # fmt: skip
+
+
+def times(quick: bool, before: list[dict], clock: Clock) -> list[dict]:
+    """Each kind at each shape; printed with the earlier time, and the new one over it."""
     found = []
-    shapes = [
-        (1, 256, 256),
-        (1, 1024, 1024),
-        (1, 4096, 4096),
-        (1, 512, 4096),
-        (4, 1024, 1024),
-        (512, 512, 512),
-        (2048, 2048, 2048),
-    ]
-    for (length, seen, slots), groups in itertools.product(shapes[:1] if quick else shapes, (32, 8)):
+    for length, seen, slots, groups in SHAPES[1:2] if quick else SHAPES:
         row = {"L": length, "S": seen, "slots": slots, "H": 32, "G": groups}
         if quick:
-            row |= {"H": 2, "G": 1}
-        for kind in KINDS:
-            case = Case(kind, length, seen, slots, row["H"], row["G"])
+            row |= {"S": 70, "slots": 70, "H": 2, "G": 1}
+        earlier = next((old for old in before if all(old.get(key) == row[key] for key in row)), {})
+        if not clock.allows(row):
+            continue
+        for kind in ("gif", "oat2", "oat"):
+            case = Case(kind, length, row["S"], row["slots"], row["H"], row["G"])
             row[f"{kind}_us"] = round(microseconds(case.run, rounds=10 if length > 4 else 30), 1)
+            print(dict(list(row.items())[:5]), kind, *_against(row, earlier, f"{kind}_us"), flush=True)
         row["sdpa_us"] = round(microseconds(case.dense), 1)
+        print("    PyTorch", *_against(row, earlier, "sdpa_us"), flush=True)
         found.append(row)
-        print(row, flush=True)
+    return found
+
+
+def _against(row: dict, earlier: dict, name: str) -> tuple:
+    """A time, and where there is an earlier one that, and the ratio."""
+    if not earlier.get(name) or not row[name]:
+        return (row[name],)
+    return row[name], "was", earlier[name], "ratio", round(row[name] / earlier[name], 2)
+
+
+def parts(clock: Clock) -> list[dict]:
+    """Microseconds of each kernel of a call, prefill and decoding."""
+    found = []
+    for kind, (length, _, slots, groups) in itertools.product(("gif", "oat2"), SHAPES[:2]):
+        row: dict = {"kind": kind, "L": length, "S": slots, "G": groups}
+        if not clock.allows(("parts", row)):
+            continue
+        case = Case(kind, length, slots, slots, 32, groups)
+        case.run(0)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for i in range(4):
+                case.run(i)
+            torch.cuda.synchronize()
+        events = [e for e in profile.key_averages() if e.device_time_total > 0]
+        row["kernels_us"] = {e.key[:40]: round(e.device_time_total / 4, 1) for e in events}
+        found.append(row)
+        print("parts", row, flush=True)
     return found
 
 
 def decode_forms(case: Case) -> list[decode.Form]:
     rows = case.q.shape[1] // case.caches[0][0].shape[1] * case.q.shape[2]
-    usual = decode.form_of(case.caches[0][0].shape[2], rows, case.size, case.caches[0][0].element_size())
+    codes = case.caches[0][0]
+    usual = decode.form_of(codes.shape[2], rows, case.size, codes.element_size(), codes.shape[1])
     forms = [usual]
     for block, warps in itertools.product((32, 64, 128), (4, 8)):
         forms.append(usual._replace(block=block, warps=warps))
+    for count in (1, 2, 4, 8, 16, 32):
+        forms.append(usual._replace(parts=count))
     for channels, step, stages, warps in itertools.product((16, 32, 64), (64, 128), (1, 3), (4, 8)):
         forms.append(usual._replace(channels=channels, step=step, stages=stages, warps=warps))
     return forms
@@ -214,7 +261,7 @@ def prefill_forms(case: Case) -> list[prefill.Form]:
 def sweep(which: str) -> list[dict]:
     """The fastest sizes of programs for each shape, beside those of the table."""
     found = []
-    shapes = [(1, 256, 32), (1, 1024, 32), (1, 4096, 32), (1, 1024, 8)] if which == "decode" else [(2048, 2048, 32)]
+    shapes = [(1, 256, 32), (1, 1024, 32), (1, 1024, 8), (1, 4096, 8)] if which == "decode" else [(2048, 2048, 32)]
     for kind, (length, slots, groups) in itertools.product(KINDS, shapes):
         case, timed = Case(kind, length, slots, slots, 32, groups), []
         for form in (decode_forms if which == "decode" else prefill_forms)(case):
@@ -234,20 +281,31 @@ def main() -> None:
     out = os.environ.get("OUT")
     default = Path(out) if out else Path(__file__).parent / "results"
     parser.add_argument("--out", type=Path, default=default / "gpu-attention.json")
+    parser.add_argument("--before", type=Path, default=Path(__file__).parent / "results" / "gpu-attention.json")
+    parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--sweep", choices=("decode", "prefill", "all"))
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor()
-    result = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "check": check(args.quick)}
-    result["times"] = times(args.quick)
+    before = json.loads(args.before.read_text())["times"] if args.before.exists() else []
+    clock = Clock(args.seconds)
+    result = {
+        "protocol": " ".join(("A figure" + str(__doc__).partition("A figure")[2]).split()),
+        "hardware": torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU {platform.machine()}, interpreted",
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+    }
+    result["times"] = times(args.quick, before, clock)
+    result["parts"] = parts(clock) if DEVICE == "cuda" else []
+    result["check"] = check(args.quick, clock)
     for which in ("decode", "prefill"):
         if args.sweep in (which, "all") and not args.quick:
             result[f"{which}_sweep"] = sweep(which)
+    print("left out:", clock.left_out or "nothing", flush=True)
     if not args.quick:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        out = args.out.with_suffix(".partial.json") if clock.left_out else args.out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """Fused kernels of neurons on a GPU: checked against the neurons, timed against a copy of the same bytes.
 
-    python benchmarks/gpu_encoders.py --out benchmarks/results/gpu-encoders.json [--sweep]
+    python benchmarks/gpu_encoders.py [--out FILE] [--before FILE] [--seconds 90] [--only REGEX] [--sweep]
+
+What matters most is timed first, beside the figures of ``--before`` (default: the file in results/). When ``--seconds``
+are spent, what is left is named and not measured, and the file is called ``.partial.json``; so it is with ``--only``,
+which picks operators.
 
 A figure is the time of one call in a CUDA graph of many, each on buffers of its own, so that no cache holds them; the
 best of several replays. The copy is a ``clone()`` of half as many bytes as the operator reads and writes. ``call_us``
@@ -15,6 +19,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +41,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROTATED = 256 * 2**20  # bytes of inputs, several times the last cache
 STEPS, BANK = 8, (-32, 32)
 WIDTHS = 4096, 11008
+CHANGED = "gif", "hg_norm"  # these are timed first
 
 
 class Case(NamedTuple):
@@ -243,47 +249,62 @@ def sweep(width: int, rows: int, rounds: int) -> None:
             setattr(module, item, value)
         print(f"sweep [{rows}, {width}] {name}:", *(f"{t:.2f} {c}" for t, c in sorted(times, key=lambda p: p[0])[:4]))
 
-    over("gif_integers T=2", gif, CHUNK=(1024, 2048, 4096), BAND=(2048, 4096, 8192), LANE=(8, 16))
-    over("hg_norm (RMS)", norm, LANE=(8, 16, 32))
+    for name in ("gif_integers T=2", "hg_norm (RMS)"):
+        over(name, tiles, LONGEST_CHUNK=(1024, 2048, 4096), HELD=(8, 16, 24, 32))
     if width != WIDTHS[0]:  # the others see one long row
         return
     for name in ("oat_values", "hg_values gelu", "hg_gated silu"):
         over(name, tiles, LARGE_TILE=(1024, 2048, 4096, 8192), WARPS=(4, 8))
     over("oat_values, shifted, fp32 out", tiles, LARGE_TILE=(1024, 2048, 4096))
-    over("gif_pack, heads of 128", gif, BAND=(1024, 2048, 4096), LANE=(8, 16))
+    over("gif_pack, heads of 128", gif, BAND=(512, 1024, 2048, 4096, 8192))
     over("few_spike_values", few_spike, ELEMENTS=(256, 512, 1024))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    place = Path(os.environ.get("OUT", "benchmarks/results")) / "gpu-encoders.json"
-    parser.add_argument("--out", type=Path, default=place)
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", results)) / "gpu-encoders.json")
+    parser.add_argument("--before", type=Path, default=results / "gpu-encoders.json")
+    parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", help="operators whose names this expression finds")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
-    shapes = [(r, w) for w in WIDTHS for r in (1, 64, 2048)]
+    began = time.perf_counter()
+    shapes = [(r, w) for r in (2048, 1, 64) for w in reversed(WIDTHS)]
     if args.quick:
         shapes, args.rounds = [(r, 256) for r in (1, 3)], 1
-    table = []
+    earlier = json.loads(args.before.read_text())["rows"] if args.before.exists() else []
+    before = {(row["operator"], row["rows"], row["width"]): row for row in earlier}
+    table, left_out = [], []
     for rows, width in shapes:
-        for name, case in cases(width).items():
-            row = {"operator": name, "rows": rows, "width": width, **check(case, rows, width)}
-            row |= measure(case, rows, width, args.rounds)
+        made = cases(width)
+        for name in sorted(made, key=lambda name: not name.startswith(CHANGED)):
+            if time.perf_counter() - began > args.seconds or not re.search(args.only, name):
+                left_out.append((name, rows, width))
+                continue
+            row = {"operator": name, "rows": rows, "width": width, **check(made[name], rows, width)}
+            row |= measure(made[name], rows, width, args.rounds)
             table.append(row)
-            print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            old = before.get((name, rows, width))
+            was = f"was {old['us']:.2f} ({old['ratio']:.2f})" if old else ""
+            equal = "equal" if row["equal"] else f"NOT EQUAL: {row['share']:.5f}, {row['worst_units']:.3f} units"
+            print(f"{name} [{rows}, {width}]: {row['us']:.2f} us ({row['ratio']:.2f}) {was} {equal}", flush=True)
     if args.sweep:
         for rows, width in shapes[-1:] if args.quick else [(2048, w) for w in WIDTHS]:
             sweep(width, rows, 5)
+    print("left out:", left_out or "nothing", flush=True)
     result = {
         "protocol": "bf16 input; a call in a CUDA graph over rotating buffers, best replay; copy: clone of equal bytes",
         "hardware": torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU {platform.machine()}, interpreted",
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "rows": table,
+        "rows": sorted(table, key=lambda row: (row["width"], row["rows"])),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1))
+    out = args.out.with_suffix(".partial.json") if left_out else args.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

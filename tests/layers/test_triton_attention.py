@@ -185,6 +185,51 @@ def test_many_heads_share_keys_and_hidden_blocks_are_skipped():
         agrees(run_gif(spiking, case, k, v), case.reference(spiking, k, v), 1 / 65535, case.v)
 
 
+@fused
+@pytest.mark.parametrize(("padding", "per_head"), [(70, False), (5, True)])
+def test_tiles_that_are_open_hidden_mixed_and_biased(padding, per_head):
+    # 140 keys are three tiles; the first of a sequence with a padding of 70 is hidden, the first of another is open
+    case = Case(9, 140, 16, heads=2, groups=1, padding=padding, per_head=per_head)
+    for spiking, unit in ((oat_layer(True, "nearest", 8, 8), None), (gif_layer(case, 2, True), 1 / 65535)):
+        k, v = case.cached(spiking)
+        mine = (run_gif if unit else run_oat)(spiking, case, k, v)
+        agrees(mine, case.reference(spiking, k, v), unit or float(spiking.probability.quantum().max()), case.v)
+
+
+@fused
+@pytest.mark.parametrize("size", [24, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotated_queries_have_the_codes_of_the_neuron(size, dtype):
+    from spikeform.layers.rotation import rotate_heads
+    from spikeform.layers.triton.query import encode_gif
+
+    case = Case(33, 33, size, dtype=dtype)
+    spiking = gif_layer(case, 1, True)
+    tables = spiking.query.tables()
+    found, units = encode_gif(case.q, spiking.signs, tables.multiple, spiking.query.levels, 1)
+    with torch.no_grad():
+        expected, unit = spiking.query.encode(rotate_heads(case.q, spiking.signs)).integers()
+    torch.testing.assert_close(units, unit[..., 0], rtol=1e-6, atol=0)
+    apart = (found[..., :size].int() - expected.int()).abs()
+    assert int(apart.max()) <= 1  # a sum in another order may lie on the other side of an edge
+    assert float((apart > 0).float().mean()) < 1e-3
+
+
+@fused
+@pytest.mark.parametrize("length", [1, 2])
+def test_keys_of_few_queries_are_shared_out(length, monkeypatch):
+    from spikeform.layers.triton import decode
+
+    usual = decode.form_of
+    monkeypatch.setattr(decode, "form_of", lambda *args: usual(*args)._replace(parts=3, step=16, block=32))
+    case = Case(length, 80, 24, heads=3, groups=1, padding=20)
+    for spiking, unit in ((oat_layer(True, "nearest", 8, 8), None), (gif_layer(case, 2, False), 1 / 65535)):
+        k, v = case.cached(spiking)
+        run = run_gif if unit else run_oat
+        unit = unit or float(spiking.probability.quantum().max())
+        agrees(run(spiking, case, k, v), case.reference(spiking, k, v), unit, case.v)
+
+
 @needs_triton
 @not_interpreted
 def test_on_the_interpreter():

@@ -183,6 +183,39 @@ def test_norm(centred, dtype, size, affine):
         assert torch.equal(values, expected)
 
 
+@pytest.fixture
+def pieces(monkeypatch):
+    """Rows are held in pieces of a few elements."""
+    from spikeform.neurons.triton import gif, tiles
+
+    monkeypatch.setattr(tiles, "SHORTEST_CHUNK", 16)
+    monkeypatch.setattr(tiles, "LONGEST_CHUNK", 32)
+    monkeypatch.setattr(gif, "FEW_ROWS", 0)
+
+
+@fused
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("size", [96, 70])
+def test_norm_of_a_row_in_pieces(centred, size, pieces):
+    test_norm(centred, torch.float32, size, True)
+
+
+@fused
+@pytest.mark.parametrize("shape", [(5, 96), (3, 70), (2, 4, 35)])
+def test_gif_integers_of_a_row_in_pieces(shape, pieces):
+    from spikeform.neurons.triton.gif import gif_integers, gif_pack
+
+    neuron, tables = gif(4, shape[-1:], 2)
+    x = tokens(*shape)
+    with torch.no_grad():
+        train = neuron.encode(x)
+        expected, unit = train.integers()
+        integers, units = gif_integers(x, *tables)
+        assert torch.equal(integers, expected)
+        assert torch.equal(units, unit)
+        assert torch.equal(gif_pack(x, *tables), neuron.pack(train))
+
+
 @fused
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize(("regions", "steps"), [(1, 3), (2, 16), (13, 5), (130, 2)])

@@ -1,11 +1,12 @@
 """Attention of few queries on many cached codes: bound by the memory that holds the codes, which is read once.
 
-Two kernels, and no host in between. ``_scores`` reads keys: a program has one block of keys of one key/value head, and
-leaves real scores and their largest. ``_context`` reads values: a program has some channels of one key/value head, and
-finds the softmax of its rows anew (there are few), so nothing has to be put together afterwards. Blocks of keys that no
-row sees are not read. A single row is summed in fp32; more rows go to tensor cores, each operand in two bf16 planes.
+Kernels follow one another with no host in between. ``_scores`` reads keys: a program has one block of keys of one
+key/value head, and leaves real scores and their largest. ``_context`` reads values: a program has some channels of one
+key/value head and a part of the keys that its rows see. It finds the softmax of its rows anew (there are few), as a
+probability is encoded only when its sum is known. ``_merge`` sums over parts, where there are several. Blocks of keys
+that no row sees are not read. A single row is summed in fp32; several go to tensor cores, operands in two bf16 planes.
 
-Rows are the queries of one key/value head: row ``r L + l`` is query l of its r-th query head.
+Rows are the queries of one key/value head, so its codes are read once: row ``r L + l`` is query l of its r-th head.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from spikeform.neurons.triton.oat import units as units_of
 
 ROWS = 16  # of a program: more rows of one head go to further programs
 PEAKS = tl.constexpr(128)  # blocks whose largest scores are looked at at once
+PROGRAMS = 264  # two for each processor
+LEAST = 128  # keys of a part
 
 
 @triton.jit
@@ -189,7 +192,7 @@ def _exp(score, most, top, floor, BITS: tl.constexpr, NEAREST: tl.constexpr):
     return e
 
 
-@triton.jit(do_not_specialize=["blocks", "v_b", "v_g"])
+@triton.jit(do_not_specialize=["blocks", "v_b", "v_g", "parts"])
 def _context(
     scores,
     peaks,
@@ -208,6 +211,7 @@ def _context(
     length,
     keys,
     blocks,
+    parts,
     v_b,
     v_g,
     v_s,
@@ -226,6 +230,7 @@ def _context(
     WIDE: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     pair = tl.program_id(1)
     batch, group = (pair // groups).to(tl.int64), (pair % groups).to(tl.int64)
@@ -271,7 +276,8 @@ def _context(
         largest = tl.max(heights, 1) * inverse
         unit = tl.maximum(tl.div_rn(largest, largest * 0.0 + peak), 1.1754943508222875e-38)
 
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    mine = tl.program_id(0) % parts
+    channel = tl.program_id(0) // parts * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < SIZE
     factor = 0.0
     if not OAT:
@@ -284,6 +290,10 @@ def _context(
     else:
         origin, whole, part, step = most[:, None], total[:, None], inverse[:, None], unit[:, None]
         sums = tl.zeros((HIGH, CHANNELS), tl.float32)
+    if PARTS:
+        share = tl.cdiv(tl.cdiv(end - begin, parts), STEP) * STEP
+        begin += mine * share
+        end = tl.minimum(end, begin + share)
     for start in tl.range(begin, end, STEP, num_stages=STAGES):
         key = start + tl.arange(0, STEP)
         there = (key < keys)[:, None] & inside[None, :]
@@ -311,8 +321,23 @@ def _context(
     if not OAT:
         sums *= unit[:, None] if HIGH == 1 else _padded(unit[:, None], ROWS)
     head, query, row, live = _row(group, heads, groups, length, ROWS, HIGH)
-    at = out + ((batch * length + query[:, None]) * heads + head[:, None]) * SIZE + channel[None, :]
-    tl.store(at, codes.rounded(sums, out.dtype.element_ty), live[:, None] & inside[None, :])
+    if PARTS:
+        at = out + ((pair.to(tl.int64) * parts + mine) * (heads // groups * length) + row[:, None]) * SIZE
+    else:
+        at = out + ((batch * length + query[:, None]) * heads + head[:, None]) * SIZE
+    tl.store(at + channel[None, :], codes.rounded(sums, out.dtype.element_ty), live[:, None] & inside[None, :])
+
+
+@triton.jit
+def _merge(sums, out, parts, heads, groups, length, PARTS: tl.constexpr, SIZE: tl.constexpr, E: tl.constexpr):
+    row, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    share = heads // groups
+    part, e = tl.arange(0, PARTS)[:, None], tl.arange(0, E)
+    at = sums + ((pair * parts + part) * (share * length) + row) * SIZE + e[None, :]
+    found = tl.sum(tl.load(at, (part < parts) & (e < SIZE)[None, :], other=0.0), 0)
+    head = pair % groups * share + row // length
+    to = out + ((pair // groups * length + row % length) * heads + head) * SIZE + e
+    tl.store(to, codes.rounded(found, out.dtype.element_ty), e < SIZE)
 
 
 def attend(
@@ -344,8 +369,10 @@ def attend(
     batch, length, heads, _ = out.shape
     groups, keys = k.codes.shape[1:3]
     rows, oat = heads // groups * length, isinstance(rule, Populations)
-    form = form or form_of(keys, rows, size, k.codes.element_size())
-    pairs, blocks, splits = batch * groups, cdiv(keys, form.block), cdiv(rows, form.rows)
+    pairs = batch * groups
+    form = form or form_of(keys, rows, size, k.codes.element_size(), pairs)
+    blocks, splits, parts = cdiv(keys, form.block), cdiv(rows, form.rows), form.parts
+    sums = out if parts == 1 else torch.empty((pairs, parts, rows, size), dtype=torch.float32, device=out.device)
     scores = torch.empty((pairs, splits * form.rows, blocks * form.block), dtype=torch.float32, device=out.device)
     peaks = torch.empty((pairs, splits * form.rows, blocks), dtype=torch.float32, device=out.device)
     units = scores if oat else torch.empty((pairs, blocks * form.block), dtype=torch.float32, device=out.device)
@@ -371,11 +398,16 @@ def attend(
         TWO_K=two["TWO_K"], MASKED=mask.values is not None, E=padded(size), **sizes,
     )  # fmt: skip
     run(
-        _context, (cdiv(size, form.channels), pairs, splits), scores, peaks, units, v.codes, out, of_value,
-        of_probability, of_value, rule.peak, resolution, top, floor, heads, groups, length, keys, blocks, *v.places,
-        WORD=v.word, TWO_P=two["TWO_P"], TWO_V=two["TWO_V"], CHANNELS=form.channels, WIDE=form.wide, STEP=form.step,
-        STAGES=form.stages, **bank, **sizes,
+        _context, (cdiv(size, form.channels) * parts, pairs, splits), scores, peaks, units, v.codes, sums, of_value,
+        of_probability, of_value, rule.peak, resolution, top, floor, heads, groups, length, keys, blocks, parts,
+        *v.places, WORD=v.word, TWO_P=two["TWO_P"], TWO_V=two["TWO_V"], CHANNELS=form.channels, WIDE=form.wide,
+        STEP=form.step, STAGES=form.stages, PARTS=parts > 1, **bank, **sizes,
     )  # fmt: skip
+    if parts > 1:
+        run(
+            _merge, (rows, pairs), sums, out, parts, heads, groups, length, PARTS=pow2(parts), SIZE=size,
+            E=padded(size), num_warps=1 if parts < 8 else 4,
+        )  # fmt: skip
 
 
 class Form(NamedTuple):
@@ -389,6 +421,7 @@ class Form(NamedTuple):
         wide: Scores that it takes at once while it looks for their sum.
         stages: Loads under way.
         warps: Of either.
+        parts: Programs that share the keys of the same channels.
     """
 
     rows: int
@@ -398,6 +431,7 @@ class Form(NamedTuple):
     wide: int
     stages: int
     warps: int
+    parts: int
 
     @property
     def high(self) -> int:
@@ -405,8 +439,11 @@ class Form(NamedTuple):
         return 1 if self.rows == 1 else 16
 
 
-def form_of(keys: int, rows: int, size: int, width: int) -> Form:
-    """What suits so many keys and rows of one head, E, and bytes of a code."""
-    rows = min(pow2(rows), ROWS)
+def form_of(keys: int, rows: int, size: int, width: int, pairs: int) -> Form:
+    """What suits so many keys and rows of one head, E, bytes of a code, and key/value heads of a batch."""
+    several, rows = cdiv(rows, ROWS), min(pow2(rows), ROWS)
     channels = min(padded(size), 64 // width)
-    return Form(rows, 64 if keys > 256 else 32, channels, 64, max(1024 // rows, 64), 3, 4)
+    programs = cdiv(size, channels) * pairs * several
+    parts = max(min(cdiv(PROGRAMS, programs), keys // (LEAST if rows > 1 else 2 * LEAST)), 1)
+    wide = max(min(pow2(keys), 4096 // rows), 64)
+    return Form(rows, 64 if keys > 256 else 32, channels, 64, wide, 3, 4, parts)

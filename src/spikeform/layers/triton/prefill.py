@@ -1,9 +1,9 @@
 """Attention of many queries on cached codes: bound by tensor cores; scores are found anew in each pass, never kept.
 
-A program has a tile of queries of one head, and meets the keys tile by tile, in three passes: the largest score; the
-sum of the terms, and for GIF the largest of them in the values' units; then codes of the probabilities and their
-product with the values. A sum could be rescaled as the maximum grows, but not one of HG terms: each is rounded as the
-true maximum has it.
+A program has a tile of queries of one head, and meets the keys tile by tile: those that its mask leaves alone in one
+loop, those that it changes in another, and those that it hides in none. What a row's codes need to know of all its
+scores is found by a kernel of its own: it holds no sums of values, so more of its programs share a processor.
+:mod:`~spikeform.layers.triton.prefill_oat` and :mod:`~spikeform.layers.triton.prefill_gif` have the kernels.
 
 Exponentials are the bare hardware instruction's (2^-22), which moves a code only at a rounding edge.
 """
@@ -13,321 +13,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from spikeform.layers.triton import tiles
+from spikeform.layers.triton import prefill_gif, prefill_oat, tiles
 from spikeform.layers.triton.operands import Counts, Mask, Populations, Train, cdiv, padded, pow2, run
 from spikeform.layers.triton.query import encode_oat
 from spikeform.neurons.oat import ROUNDINGS
-from spikeform.neurons.triton import codes
-from spikeform.neurons.triton.oat import units as units_of
 
+TILES = 64  # of a row that are looked at at once; more only where there are more, so that little is compiled anew
+REGISTERS = 128  # of a thread of a kernel that sums no values: two programs and more share a processor
 BF16 = 256  # integers up to here, and their products with powers of two, are bf16
-
-
-@triton.jit
-def _matrix(start, t, N: tl.constexpr, E: tl.constexpr):
-    """Tile t of a dense matrix of E columns."""
-    return tl.load(start + t.to(tl.int64) * (N * E) + tl.arange(0, N)[:, None] * E + tl.arange(0, E)[None, :])
-
-
-@triton.jit
-def _nth(i, first, a, b):
-    """The i-th tile that is met, and whether the mask matters there.
-
-    First come those from ``a`` to ``b``, where it does not, then those before and behind them.
-    """
-    mixed = i >= b - a
-    t = first + i - (b - a)
-    return tl.where(mixed, t + tl.where(t >= a, b - a, 0), a + i), mixed
-
-
-@triton.jit
-def _oat_scores(
-    q,
-    q_low,
-    k,
-    plane,
-    t,
-    scale,
-    where,
-    mixed,
-    MASKED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    N: tl.constexpr,
-):
-    """Scores of a tile in units of log 2, ``[M, N]``; -inf where hidden. ``where``: what :func:`tiles.bias` takes."""
-    E: tl.constexpr = q.shape[1]
-    M: tl.constexpr = q.shape[0]
-    high = tl.trans(_matrix(k, t, N, E))
-    sums = tiles.dot(q, high, tl.zeros((M, N), tl.float32))
-    if SPLIT:
-        sums = tiles.dot(q_low, high, sums)
-        sums = tiles.dot(q, tl.trans(_matrix(k + plane, t, N, E)), sums)
-    sums *= scale
-    if mixed:
-        mask, first, length, keys, m_l, m_s, least = where
-        sums += tiles.bias(mask, first, t * N, length, keys, m_l, m_s, least, MASKED, M, N) * tiles.LOG2E
-    return sums
-
-
-@triton.jit
-def _term(score, most, top, floor, BITS: tl.constexpr, NEAREST: tl.constexpr):
-    """``2^(score - most)``, through an HG neuron where there is one."""
-    e = tl.exp2(score - most)
-    if BITS > 0:
-        e = codes.round_mantissa(e, BITS, NEAREST, top, floor, False)
-    return e
-
-
-@triton.jit
-def _oat_weigh(
-    sums,
-    p,
-    v,
-    plane,
-    t,
-    form,
-    TWO: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SPLIT_P: tl.constexpr,
-    SPLIT: tl.constexpr,
-    N: tl.constexpr,
-):
-    """``sums`` plus codes of a tile's probabilities times its values."""
-    threshold0, threshold1, unit0, unit1, ratio, peak = form
-    E: tl.constexpr = sums.shape[1]
-    code, outlier = codes.oat_code(p, threshold0, threshold1, unit0, unit1, peak, TWO, ROUNDING)
-    if TWO:
-        code *= tl.where(outlier, ratio, 1.0)
-    value = _matrix(v, t, N, E)
-    high, low = tiles.planes(code)
-    sums = tiles.dot(high, value, sums)
-    if SPLIT_P:
-        sums = tiles.dot(low, value, sums)
-    if SPLIT:
-        sums = tiles.dot(high, _matrix(v + plane, t, N, E), sums)
-    return sums
-
-
-@triton.jit
-def _store(out, context, pair, heads, first, length, SIZE: tl.constexpr):
-    """A tile ``[M, E]`` of the output ``[B, L, H, SIZE]``."""
-    row, e = first + tl.arange(0, context.shape[0]), tl.arange(0, context.shape[1])
-    place = ((pair // heads).to(tl.int64) * length + row) * heads + pair % heads
-    there = (row < length)[:, None] & (e < SIZE)[None, :]
-    tl.store(out + place[:, None] * SIZE + e[None, :], codes.rounded(context, out.dtype.element_ty), there)
-
-
-@triton.jit(do_not_specialize=["length", "m_b", "m_h", "f_b", "f_h"])
-def _oat(
-    q,
-    k,
-    v,
-    out,
-    mask,
-    flags,
-    query_threshold,
-    key_threshold,
-    value_threshold,
-    probability_threshold,
-    q_plane,
-    plane,
-    least,
-    scaling,
-    peak,
-    resolution,
-    top,
-    floor,
-    heads,
-    groups,
-    length,
-    keys,
-    span,
-    m_b,
-    m_h,
-    m_l,
-    m_s,
-    f_b,
-    f_h,
-    TWO_Q: tl.constexpr,
-    TWO_K: tl.constexpr,
-    TWO_V: tl.constexpr,
-    TWO_P: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    BITS: tl.constexpr,
-    NEAREST: tl.constexpr,
-    MASKED: tl.constexpr,
-    SPLIT_P: tl.constexpr,
-    SPLIT: tl.constexpr,
-    ALONE: tl.constexpr,
-    SIZE: tl.constexpr,
-    E: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TILES: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    if not ALONE:
-        # Of two kernels one does it: either a bf16 holds what every code stands for, or it does not.
-        one = tiles.power(query_threshold, TWO_Q) & tiles.power(key_threshold, TWO_K)
-        if (one & tiles.power(value_threshold, TWO_V)) == SPLIT:
-            return
-    pair, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)  # what meets most keys goes first
-    batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    first = tile * M
-    q += pair.to(tl.int64) * length * E
-    row, e = first + tl.arange(0, M), tl.arange(0, E)
-    exists = (row < length)[:, None]
-    high = tl.load(q + row[:, None].to(tl.int64) * E + e[None, :], exists, other=0.0)
-    low = tl.load(q + q_plane + row[:, None].to(tl.int64) * E + e[None, :], exists, other=0.0) if SPLIT else high
-    unit0 = tl.div_rn(tl.load(query_threshold), resolution)
-    scale = unit0 * tl.div_rn(tl.load(key_threshold), resolution) * scaling * tiles.LOG2E
-
-    group = batch * groups + head // (heads // groups)
-    k += group * span * E
-    v += group * span * E
-    mask += batch * m_b + head * m_h
-    where = (mask, first, length, keys, m_l, m_s, least)
-    start, a, b, last = tiles.runs(flags, pair, heads, f_b, f_h, tile, keys, MASKED, N, TILES)
-
-    # Of each place in a tile, and of the rows only behind the loop: so nothing leaves its thread.
-    highest = tl.full((M, N), float("-inf"), tl.float32)
-    for i in tl.range(0, last - start, num_stages=STAGES):
-        t, mixed = _nth(i, start, a, b)
-        score = _oat_scores(high, low, k, plane, t, scale, where, mixed, MASKED, SPLIT, N)
-        highest = tl.maximum(highest, score)
-    most = tl.max(highest, 1)
-    alive = most > float("-inf")
-    most = tl.where(alive, most, 0.0)
-
-    terms = tl.zeros((M, N), tl.float32)
-    for i in tl.range(0, last - start, num_stages=STAGES):
-        t, mixed = _nth(i, start, a, b)
-        score = _oat_scores(high, low, k, plane, t, scale, where, mixed, MASKED, SPLIT, N)
-        terms += _term(score, most[:, None], top, floor, BITS, NEAREST)
-    inverse = codes.inverse(tl.maximum(tl.sum(terms, 1), 0.5))
-    if BITS > 0:
-        inverse = codes.round_mantissa(inverse, BITS, NEAREST, top, floor, False)
-
-    threshold0, threshold1, unit0, unit1 = units_of(probability_threshold, resolution, TWO_P)
-    ratio = tl.div_rn(threshold1, threshold0)
-    form = (threshold0, threshold1, unit0, unit1, ratio, peak)
-    sums = tl.zeros((M, E), tl.float32)
-    for i in tl.range(0, last - start, num_stages=STAGES):
-        t, mixed = _nth(i, start, a, b)
-        score = _oat_scores(high, low, k, plane, t, scale, where, mixed, MASKED, SPLIT, N)
-        p = _term(score, most[:, None], top, floor, BITS, NEAREST) * inverse[:, None]
-        sums = _oat_weigh(sums, p, v, plane, t, form, TWO_P, ROUNDING, SPLIT_P, SPLIT, N)
-    unit = unit0 * tl.div_rn(tl.load(value_threshold), resolution)
-    _store(out, tl.where(alive[:, None], sums * unit, 0.0), pair, heads, first, length, SIZE)
-
-
-@triton.jit
-def _gif_scores(q, row_unit, k, units, t, where, mixed, MASKED: tl.constexpr, N: tl.constexpr):
-    """As :func:`_oat_scores`, of integers."""
-    E: tl.constexpr = q.shape[1]
-    M: tl.constexpr = q.shape[0]
-    sums = tiles.dot(q, tl.trans(_matrix(k, t, N, E)), tl.zeros((M, N), tl.int32)).to(tl.float32)
-    sums = sums * row_unit[:, None] * tl.load(units + t * N + tl.arange(0, N))[None, :]
-    if mixed:
-        mask, first, length, keys, m_l, m_s, least = where
-        sums += tiles.bias(mask, first, t * N, length, keys, m_l, m_s, least, MASKED, M, N) * tiles.LOG2E
-    return sums
-
-
-@triton.jit
-def _gif_weigh(sums, score, most, share, peak, v, units, t, N: tl.constexpr):
-    """``sums`` plus codes of a tile's probabilities times the integers of its values."""
-    E: tl.constexpr = sums.shape[1]
-    e = tl.exp2(score - most[:, None]) * tl.load(units + t * N + tl.arange(0, N))[None, :]
-    high, low = tiles.planes(tl.minimum(codes.round_even(e * share[:, None]), peak))
-    value = _matrix(v, t, N, E)
-    return tiles.dot(low, value, tiles.dot(high, value, sums))
-
-
-@triton.jit(do_not_specialize=["length", "m_b", "m_h", "f_b", "f_h"])
-def _gif(
-    q,
-    row_units,
-    k,
-    k_units,
-    v,
-    v_units,
-    out,
-    mask,
-    flags,
-    least,
-    scaling,
-    peak,
-    heads,
-    groups,
-    length,
-    keys,
-    span,
-    q_b,
-    q_h,
-    q_l,
-    m_b,
-    m_h,
-    m_l,
-    m_s,
-    f_b,
-    f_h,
-    MASKED: tl.constexpr,
-    SIZE: tl.constexpr,
-    E: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TILES: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    pair, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
-    batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    first = tile * M
-    row, e = first + tl.arange(0, M), tl.arange(0, E)
-    at = q + batch * q_b + head * q_h + row[:, None].to(tl.int64) * q_l + e[None, :]
-    code = tl.load(at, (row < length)[:, None] & (e < SIZE)[None, :], other=0)
-    row_unit = tl.load(row_units + pair.to(tl.int64) * length + row, row < length, other=0.0)
-    row_unit *= scaling * tiles.LOG2E
-
-    group = batch * groups + head // (heads // groups)
-    k += group * span * E
-    v += group * span * E
-    k_units += group * span
-    v_units += group * span
-    mask += batch * m_b + head * m_h
-    where = (mask, first, length, keys, m_l, m_s, least)
-    start, a, b, last = tiles.runs(flags, pair, heads, f_b, f_h, tile, keys, MASKED, N, TILES)
-
-    highest = tl.full((M, N), float("-inf"), tl.float32)
-    for i in tl.range(0, last - start, num_stages=STAGES):
-        t, mixed = _nth(i, start, a, b)
-        highest = tl.maximum(highest, _gif_scores(code, row_unit, k, k_units, t, where, mixed, MASKED, N))
-    most = tl.max(highest, 1)
-    most = tl.where(most > float("-inf"), most, 0.0)
-
-    terms = tl.zeros((M, N), tl.float32)
-    heights = tl.zeros((M, N), tl.float32)
-    for i in tl.range(0, last - start, num_stages=STAGES):
-        t, mixed = _nth(i, start, a, b)
-        term = tl.exp2(_gif_scores(code, row_unit, k, k_units, t, where, mixed, MASKED, N) - most[:, None])
-        terms += term
-        heights = tl.maximum(heights, term * tl.load(v_units + t * N + tl.arange(0, N))[None, :])
-    total, largest = tl.sum(terms, 1), tl.max(heights, 1)
-
-    # Dynamic: the largest probability, in the values' units, has the code ``peak``. The sum of the terms cancels.
-    seen = largest > 0.0
-    share = tl.where(seen, tl.div_rn(largest * 0.0 + peak, tl.where(seen, largest, 1.0)), 0.0)
-    sums = tl.zeros((M, E), tl.float32)
-    for i in tl.range(0, last - start, num_stages=STAGES):
-        t, mixed = _nth(i, start, a, b)
-        score = _gif_scores(code, row_unit, k, k_units, t, where, mixed, MASKED, N)
-        sums = _gif_weigh(sums, score, most, share, peak, v, v_units, t, N)
-    unit = tl.div_rn(largest, tl.maximum(total, 0.5) * peak)
-    _store(out, sums * unit[:, None], pair, heads, first, length, SIZE)
 
 
 def attend(
@@ -362,19 +57,25 @@ def attend(
     form = form or form_of(length, padded(size), two)
     multiple = max(form.keys, tiles.KEYS)
     span = cdiv(keys, multiple) * multiple
-    flags, f_b, f_h = tiles.look(mask, length, keys, form.rows, form.keys, out.device)
+    seen = tiles.look(mask, length, keys, form.rows, form.keys, out.device)
     values = q if mask.values is None else mask.values
+    tops, shares = torch.empty((2, batch, heads, length), dtype=torch.float32, device=out.device)
     grid, sizes, places = (batch * heads, cdiv(length, form.rows)), (heads, groups, length, keys, span), mask.places
     constants = {
-        "MASKED": mask.values is not None, "SIZE": size, "E": padded(size), "M": form.rows, "N": form.keys,
-        "TILES": pow2(flags.shape[-1]), "STAGES": form.stages, "num_warps": form.warps,
+        "MASKED": mask.values is not None, "E": padded(size), "M": form.rows, "N": form.keys,
+        "TILES": max(pow2(seen.flags.shape[-1]), TILES), "STAGES": form.stages, "num_warps": form.warps,
     }  # fmt: skip
     if isinstance(rule, Counts):
         dense_keys, key_units = tiles.unpack(k, rule.key, size, span, torch.int8)
         dense_values, value_units = tiles.unpack(v, rule.value, size, span, torch.bfloat16)
+        known = values, *seen[:2], mask.least, scaling, rule.peak, *sizes, *q.stride()[:3], *places, *seen[2:]
         run(
-            _gif, grid, q, q_unit, dense_keys, key_units, dense_values, value_units, out, values, flags, mask.least,
-            scaling, rule.peak, *sizes, *q.stride()[:3], *places, f_b, f_h, **constants,
+            prefill_gif._sums, grid, q, q_unit, dense_keys, key_units, value_units, tops, shares, *known,
+            value_units.stride(0), SIZE=size, maxnreg=REGISTERS, **constants,
+        )  # fmt: skip
+        run(
+            prefill_gif._context, grid, q, q_unit, dense_keys, key_units, dense_values, value_units, tops, shares, out,
+            *known, SIZE=size, **constants,
         )  # fmt: skip
         return
     queries = encode_oat(q, rule, two)
@@ -382,12 +83,21 @@ def attend(
     dense_values, _ = tiles.unpack(v, rule.value, size, span, torch.bfloat16, two)
     thresholds = rule.query, rule.key, rule.value, rule.probability
     pairs = {f"TWO_{name}": len(t) == 2 for name, t in zip("QKVP", thresholds, strict=True)}
+    two_p = pairs.pop("TWO_P")
+    bank = {"BITS": rule.bits, "NEAREST": rule.nearest}
+    planes, resolution = (queries.stride(0), dense_keys.stride(0)), float(rule.resolution)
     for split in [False] * one + [True] * two:
+        which = {"SPLIT": split, "ALONE": one != two}
         run(
-            _oat, grid, queries, dense_keys, dense_values, out, values, flags, *thresholds, queries.stride(0),
-            dense_keys.stride(0), mask.least, scaling, rule.peak, float(rule.resolution), rule.top, rule.floor, *sizes,
-            *places, f_b, f_h, **pairs, ROUNDING=rule.rounding, BITS=rule.bits, NEAREST=rule.nearest,
-            SPLIT_P=rule.peak > BF16 or pairs["TWO_P"], SPLIT=split, ALONE=one != two, **constants,
+            prefill_oat._sums, grid, queries, dense_keys, tops, shares, values, *seen[:2], *thresholds[:3], *planes,
+            mask.least, scaling, resolution, rule.top, rule.floor, *sizes, *places, *seen[2:], **pairs, **bank, **which,
+            maxnreg=None if split else REGISTERS, **constants,
+        )  # fmt: skip
+        run(
+            prefill_oat._context, grid, queries, dense_keys, dense_values, tops, shares, out, values, *seen[:2],
+            *thresholds, *planes, mask.least, scaling, rule.peak, resolution, rule.top, rule.floor, *sizes, *places,
+            *seen[2:], **pairs, TWO_P=two_p, ROUNDING=rule.rounding, SPLIT_P=rule.peak > BF16 or two_p, SIZE=size,
+            **bank, **which, **constants,
         )  # fmt: skip
 
 

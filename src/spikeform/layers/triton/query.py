@@ -1,10 +1,12 @@
 """Queries, encoded: as matrices for tensor cores (multi-threshold), or as integers of their row's unit (GIF).
 
-Queries of GIF neurons may be rotated first. The matrix of a rotation is a Kronecker product, ``M = diag(signs) (A (x)
-C)``: a row of E = a c channels is an a x c matrix X, and ``X M`` is ``A^T X C``: some E (a + c) products, not E^2.
+Queries of GIF neurons may be rotated first, on tensor cores: numbers of 24 bits are three bf16 planes, and those of a
+Hadamard matrix are 1 and -1 but for a factor.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -13,23 +15,41 @@ from torch import Tensor
 
 from spikeform.layers.rotation import mixing
 from spikeform.layers.triton import tiles
-from spikeform.layers.triton.operands import Populations, cdiv, padded, pow2, run
+from spikeform.layers.triton.operands import Populations, cdiv, padded, run
 from spikeform.neurons.triton import codes
 from spikeform.neurons.triton.oat import units as units_of
 
 ELEMENTS = 4096  # of a program
-FEW = 128  # rows for which there is a processor each
+FEW = 2048  # rows up to which processors are left over
+FEW_ROWS, MANY_ROWS = 16, 64  # of a program: what tensor cores take
+PLANES = tl.constexpr(3)  # bf16, of a number of 24 bits
+
+
+@triton.jit
+def _rotated(x, matrix, X: tl.constexpr, MATRIX: tl.constexpr):
+    """``x`` ``[M, E]`` times a matrix ``[MATRIX, E, E]`` of planes, x of X planes; what is below 2^-24 is left out."""
+    E: tl.constexpr = x.shape[1]
+    e = tl.arange(0, E)
+    at = matrix + e[:, None] * E + e[None, :]
+    sums = tl.zeros(x.shape, tl.float32)
+    for i in tl.static_range(X):
+        plane = codes.rounded(x, tl.bfloat16)
+        for j in tl.static_range(MATRIX):
+            if i + j < PLANES:
+                sums = tiles.dot(plane, tl.load(at + j * E * E), sums)
+        x -= plane.to(tl.float32)
+    return sums
 
 
 @triton.jit(do_not_specialize=["total", "length"])
 def _gif(
     q,
     signs,
-    left,
-    right,
+    matrix,
     multiple,
     out,
     units,
+    scale,
     levels,
     total,
     heads,
@@ -38,36 +58,42 @@ def _gif(
     q_h,
     q_l,
     STEPS: tl.constexpr,
-    ROTATE: tl.constexpr,
+    MATRIX: tl.constexpr,
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
-    HIGH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
     E: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = q + row // (heads * length) * q_b + row // length % heads * q_h + row % length * q_l
-    high, wide = tl.arange(0, HIGH), tl.arange(0, WIDE)
-    channel = high[:, None] * WIDTH + wide[None, :]
-    inside = (channel < SIZE) & (wide < WIDTH)[None, :]
-    live = (row < total)[:, None, None] & inside[None]
-    x = tl.load(at[:, None, None] + channel[None], live, other=0.0).to(tl.float32)
-    if ROTATE:
-        x *= tl.load(signs + channel, inside, other=0).to(tl.float32)[None]
-        of_left = tl.load(left + high[:, None] * HIGH + high[None, :])
-        known = (wide < WIDTH)[:, None] & (wide < WIDTH)[None, :]
-        of_right = tl.load(right + wide[:, None] * WIDTH + wide[None, :], known, other=0.0)
-        x = tl.sum(x[:, :, None, :] * of_left[None, :, :, None], 1)
-        x = tl.sum(x[:, :, :, None] * of_right[None, None, :, :], 2)
-    least, most = tl.min(tl.min(x, 2), 1), tl.max(tl.max(x, 2), 1)
-    least, most = tl.minimum(least, 0.0), tl.maximum(most, 0.0)
+    e = tl.arange(0, E)
+    inside = e < SIZE
+    live = (row < total)[:, None] & inside[None, :]
+    given = tl.load(at[:, None] + e[None, :], live, other=0.0)
+    x = given.to(tl.float32)
+    if MATRIX > 0:
+        x *= tl.load(signs + e, inside, other=0).to(tl.float32)[None, :]
+        x = _rotated(x, matrix, 1 if given.dtype == tl.bfloat16 else PLANES, MATRIX) * scale
+    least, most = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
     unit = codes.gif_unit(least, most, levels, STEPS)
-    factor = tl.load(multiple + channel, inside, other=1.0)[None]
-    code = codes.gif_integer(x, least[:, None, None], unit[:, None, None], factor, levels, STEPS)
-    to = out + row[:, None, None] * E + channel[None]
-    tl.store(to, code.to(tl.int32).to(tl.int8), live)
+    factor = tl.load(multiple + e, inside, other=1.0)[None, :]
+    code = codes.gif_integer(x, least[:, None], unit[:, None], factor, levels, STEPS)
+    tl.store(out + row[:, None] * E + e[None, :], codes.to_integer(code, tl.int8), live)
     tl.store(units + row, unit, row < total)
+
+
+@lru_cache(maxsize=32)
+def _matrix(size: int, device: torch.device) -> tuple[Tensor, float]:
+    """The rotation of a size before its signs, bf16 ``[planes, E', E']``, zero beyond E; and a factor of their sum."""
+    whole, scale = mixing(size, torch.device("cpu"), torch.float64), 1.0
+    if size & (size - 1) == 0:  # Hadamard
+        scale = size**-0.5
+        whole = (whole / scale).round()
+    planes, rest = [], whole
+    while len(planes) < PLANES.value and (not planes or bool(rest.any())):
+        planes.append(rest.to(torch.bfloat16))
+        rest = rest - planes[-1]
+    more = padded(size) - size
+    return torch.nn.functional.pad(torch.stack(planes), (0, more, 0, more)).to(device), scale
 
 
 def encode_gif(q: Tensor, signs: Tensor | None, multiple: Tensor, levels: int, steps: int) -> tuple[Tensor, Tensor]:
@@ -87,17 +113,13 @@ def encode_gif(q: Tensor, signs: Tensor | None, multiple: Tensor, levels: int, s
     batch, heads, length, size = q.shape
     out = torch.empty((batch, heads, length, padded(size)), dtype=torch.int8, device=q.device)
     units = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
-    two = size & -size  # the power of two in E
-    high = 1 if signs is None else 1 << min(two.bit_length() - 1, (size.bit_length() - 1) // 2)
-    width, total = size // high, units.numel()
-    left = right = multiple
+    total, matrix, scale = units.numel(), multiple, 1.0
     if signs is not None:
-        left, right = (mixing(n, q.device, torch.float32) for n in (high, width))
-    rows = 1 if total <= FEW else 4
+        matrix, scale = _matrix(size, q.device)
+    rows = FEW_ROWS if total <= FEW else MANY_ROWS
     run(
-        _gif, (cdiv(total, rows),), q, signs, left, right, multiple, out, units, levels, total, heads, length,
-        *q.stride()[:3], STEPS=steps, ROTATE=signs is not None, ROWS=rows, SIZE=size, HIGH=high, WIDTH=width,
-        WIDE=pow2(width), E=padded(size),
+        _gif, (cdiv(total, rows),), q, signs, matrix, multiple, out, units, scale, levels, total, heads, length,
+        *q.stride()[:3], STEPS=steps, MATRIX=0 if signs is None else len(matrix), ROWS=rows, SIZE=size, E=padded(size),
     )  # fmt: skip
     return out, units
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -10,8 +12,9 @@ from torch import Tensor
 from spikeform.layers.triton.operands import Mask, Train, cdiv, padded, run
 from spikeform.neurons.triton import codes
 
-# What a mask does to a tile of scores. ``OPEN``: it adds nothing.
-HIDDEN, MIXED, OPEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# What a mask does to a tile of scores. ``MIXED``: it hides some and adds nothing to others. ``OPEN``: it adds nothing.
+HIDDEN, MIXED, BIASED, OPEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+WORD = tl.constexpr(32)  # keys whose bits, who sees them, are together
 LOG2E = tl.constexpr(1.4426950408889634)
 KEYS = 64  # of a program that unpacks codes
 
@@ -28,8 +31,9 @@ def dot(a, b, sums):
 @triton.jit
 def planes(x):
     """fp32 as the sum of two bf16, to within 2^-17 of it; integers below 2^16 exactly."""
-    high = codes.rounded(x, tl.bfloat16)
-    return high, codes.rounded(x - high.to(tl.float32), tl.bfloat16)
+    # Rounded by integers (halves away from zero): conversions of single numbers are slow, those of pairs are not.
+    high = ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), codes.rounded(x - high, tl.bfloat16)
 
 
 @triton.jit
@@ -62,21 +66,60 @@ def bias(
         return tl.where(exists, 0.0, float("-inf"))
 
 
+@triton.jit
+def visible(bits, first_key, keys, MASKED: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Which keys of a tile are seen, ``[M, N]``; ``bits``: where its words for these rows are, and how far apart."""
+    place = tl.arange(0, N)
+    seen = (first_key + place < keys)[None, :]
+    if MASKED:
+        start, apart = bits
+        row = tl.arange(0, M)
+        word = tl.load(start + row)[:, None]
+        for i in tl.static_range(1, N // WORD):
+            word = tl.where((place // WORD == i)[None, :], tl.load(start + i * apart + row)[:, None], word)
+        seen = ((word >> (place % WORD)[None, :]) & 1) != 0
+    return seen
+
+
 @triton.jit(do_not_specialize=["length"])
-def _look(mask, flags, length, keys, heads, m_b, m_h, m_l, m_s, least, M: tl.constexpr, N: tl.constexpr):
+def _look(mask, flags, bits, length, keys, heads, m_b, m_h, m_l, m_s, least, M: tl.constexpr, N: tl.constexpr):
     pair = tl.program_id(2)
     first, start = tl.program_id(1) * M, tl.program_id(0) * N
     mask += (pair // heads).to(tl.int64) * m_b + (pair % heads).to(tl.int64) * m_h
     added = bias(mask, first, start, length, keys, m_l, m_s, least, True, M, N)
     # Rows that do not exist are neither seen nor in the way; keys that do not exist are hidden.
+    own = added > float("-inf")
     exists = (first + tl.arange(0, M) < length)[:, None]
-    seen = tl.max(tl.max((added > float("-inf")).to(tl.int32), 1), 0)
+    seen = tl.max(tl.max(own.to(tl.int32), 1), 0)
     plain = tl.min(tl.min(((added == 0.0) | (exists == 0)).to(tl.int32), 1), 0)
+    biased = tl.max(tl.max((own & (added != 0.0)).to(tl.int32), 1), 0)
     at = (pair * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(flags + at, tl.where(seen == 0, HIDDEN, tl.where(plain == 1, OPEN, MIXED)).to(tl.int8))
+    flag = tl.where(plain == 1, OPEN, tl.where(biased == 1, BIASED, MIXED))
+    tl.store(flags + at, tl.where(seen == 0, HIDDEN, flag).to(tl.int8))
+    WIDE: tl.constexpr = N if N < WORD else WORD
+    words = tl.sum(tl.where(tl.reshape(own, (M, N // WIDE, WIDE)), 1 << tl.arange(0, WIDE)[None, None, :], 0), 2)
+    apart = tl.num_programs(1) * M
+    word = (pair * tl.num_programs(0) + tl.program_id(0)) * (N // WIDE) + tl.arange(0, N // WIDE)
+    tl.store(bits + word[None, :].to(tl.int64) * apart + (first + tl.arange(0, M))[:, None], words)
 
 
-def look(mask: Mask, length: int, keys: int, high: int, wide: int, device: torch.device) -> tuple[Tensor, int, int]:
+class Looked(NamedTuple):
+    """What a mask does to each tile.
+
+    Args:
+        flags: int8 ``[B or 1, H or 1, tiles of queries, tiles of keys]``.
+        bits: int32, who sees whom: ``[B or 1, H or 1, words of keys, queries]``, whole tiles of them.
+        batch: Stride of the flags' batches.
+        head: Likewise of heads.
+    """
+
+    flags: Tensor
+    bits: Tensor
+    batch: int
+    head: int
+
+
+def look(mask: Mask, length: int, keys: int, high: int, wide: int, device: torch.device) -> Looked:
     """What a mask does to each tile.
 
     Args:
@@ -86,24 +129,29 @@ def look(mask: Mask, length: int, keys: int, high: int, wide: int, device: torch
         high: Queries of a tile.
         wide: Keys of a tile.
         device: Of the result.
-
-    Returns:
-        int8 ``[B or 1, H or 1, tiles of queries, tiles of keys]``, and its strides for batches and heads.
     """
     rows, columns = cdiv(length, high), cdiv(keys, wide)
     if mask.values is None:
-        return torch.empty((1, 1, rows, columns), dtype=torch.int8, device=device), 0, 0
+        flags = torch.empty((1, 1, rows, columns), dtype=torch.int8, device=device)
+        return Looked(flags, flags, 0, 0)
     batch, heads = (n if stride else 1 for n, stride in zip(mask.values.shape, mask.places[:2], strict=False))
     flags = torch.empty((batch, heads, rows, columns), dtype=torch.int8, device=device)
+    words = columns * cdiv(wide, WORD.value)
+    bits = torch.empty((batch, heads, words, rows * high), dtype=torch.int32, device=device)
     grid = (columns, rows, batch * heads)
-    run(_look, grid, mask.values, flags, length, keys, heads, *mask.places, mask.least, M=high, N=wide)
+    run(_look, grid, mask.values, flags, bits, length, keys, heads, *mask.places, mask.least, M=high, N=wide)
     tiles = rows * columns
-    return flags, tiles * heads if batch > 1 else 0, tiles if heads > 1 else 0
+    return Looked(flags, bits, tiles * heads if batch > 1 else 0, tiles if heads > 1 else 0)
 
 
 @triton.jit
 def runs(flags, pair, heads, f_b, f_h, tile, keys, MASKED: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr):
-    """Which tiles of keys a tile of queries meets: open ones from ``a`` to ``b``, others from ``first`` to ``last``."""
+    """Which tiles of keys a tile of queries meets.
+
+    Returns:
+        Open ones from ``a`` to ``b``, and others from ``first`` to ``last``, as ``(first, a, b, last)``; then whether
+        the mask adds to scores of one of these.
+    """
     columns = tl.cdiv(keys, N)
     if MASKED:
         t = tl.arange(0, TILES)
@@ -113,9 +161,72 @@ def runs(flags, pair, heads, f_b, f_h, tile, keys, MASKED: tl.constexpr, N: tl.c
         last = tl.max(tl.where(flag != HIDDEN, t + 1, 0), 0)
         a = tl.min(tl.where(flag == OPEN, t, last), 0)
         b = tl.min(tl.where((flag != OPEN) & (t >= a), t, last), 0)
+        biased = tl.max((flag == BIASED).to(tl.int32), 0) == 1
     else:
-        first, a, b, last = 0, 0, keys // N, columns
-    return first, a, b, last
+        first, a, b, last, biased = 0, 0, keys // N, columns, 0 > 1
+    return (first, a, b, last), biased
+
+
+@triton.jit
+def count(part: tl.constexpr, run, biased):
+    """How many tiles each of three loops meets: open ones; others, of bits that say who sees whom; or with biases."""
+    first, a, b, last = run
+    others = last - first - (b - a)
+    if part == 0:
+        return b - a
+    elif part == 1:
+        return tl.where(biased, 0, others)
+    else:
+        return tl.where(biased, others, 0)
+
+
+@triton.jit
+def nth(part: tl.constexpr, i, run):
+    """The i-th tile of such a loop."""
+    first, a, b, _ = run
+    if part == 0:
+        return a + i
+    else:
+        return first + i + tl.where(first + i >= a, b - a, 0)
+
+
+@triton.jit
+def masked(part: tl.constexpr, score, t, where, MASKED: tl.constexpr):
+    """Scores of tile t in units of log 2, with what the mask adds in such a loop; -inf where hidden."""
+    M: tl.constexpr = score.shape[0]
+    N: tl.constexpr = score.shape[1]
+    mask, bits, first, length, keys, m_l, m_s, least = where
+    if part == 1:
+        start, apart = bits
+        own = start + t.to(tl.int64) * (tl.cdiv(N, WORD) * apart)
+        score = tl.where(visible((own, apart), t * N, keys, MASKED, M, N), score, float("-inf"))
+    elif part == 2:
+        score += bias(mask, first, t * N, length, keys, m_l, m_s, least, MASKED, M, N) * LOG2E
+    return score
+
+
+@triton.jit
+def seen_by(mask, bits, pair, heads, first, length, keys, m_b, m_h, m_l, m_s, f_b, f_h, least, tiles, M: tl.constexpr,
+            N: tl.constexpr):  # fmt: skip
+    """What :func:`masked` takes for a tile of queries."""
+    batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    bits += (batch * f_b + head * f_h) * (tl.cdiv(N, WORD) * M) + first
+    return mask + batch * m_b + head * m_h, (bits, tiles * M), first, length, keys, m_l, m_s, least
+
+
+@triton.jit
+def matrix(start, t, N: tl.constexpr, E: tl.constexpr):
+    """Tile t of a dense matrix of E columns."""
+    return tl.load(start + t.to(tl.int64) * (N * E) + tl.arange(0, N)[:, None] * E + tl.arange(0, E)[None, :])
+
+
+@triton.jit
+def store(out, context, pair, heads, first, length, SIZE: tl.constexpr):
+    """A tile ``[M, E]`` of the output ``[B, L, H, SIZE]``."""
+    row, e = first + tl.arange(0, context.shape[0]), tl.arange(0, context.shape[1])
+    place = ((pair // heads).to(tl.int64) * length + row) * heads + pair % heads
+    there = (row < length)[:, None] & (e < SIZE)[None, :]
+    tl.store(out + place[:, None] * SIZE + e[None, :], codes.rounded(context, out.dtype.element_ty), there)
 
 
 @triton.jit(do_not_specialize=["p_b", "p_g", "u_b", "u_g"])
@@ -127,6 +238,7 @@ def _unpack(
     out,
     units,
     plane,
+    logs,
     groups,
     keys,
     span,
@@ -163,7 +275,9 @@ def _unpack(
     else:
         factor = tl.load(multiple + group * SIZE + e, e < SIZE, other=0.0)
         tl.store(to, (code * factor.to(tl.int32)[None, :]).to(tl.float32).to(out.dtype.element_ty))
-        tl.store(units + place, tl.load(unit + batch * u_b + group * u_g + key * u_s, exists, other=0.0))
+        own = tl.load(unit + batch * u_b + group * u_g + key * u_s, exists, other=0.0)
+        tl.store(units + place, own)
+        tl.store(units + logs + place, tl.log2(own))
 
 
 def unpack(
@@ -182,15 +296,16 @@ def unpack(
 
     Returns:
         ``[planes, B, G, span, E']``, E' the power of two from E and 16 on: in units of the normal sub-neuron, or of the
-        token; and those of tokens, fp32 ``[B, G, span]`` (nothing where they have none).
+        token; and those of tokens, fp32, with their logarithms to base 2, ``[2, B, G, span]`` (nothing where they have
+        none).
     """
     (batch, groups, keys), oat = train.codes.shape[:3], train.units is train.codes
     device = train.codes.device
     out = torch.empty((1 + split, batch, groups, span, padded(size)), dtype=dtype, device=device)
-    units = torch.empty(0 if oat else (batch, groups, span), dtype=torch.float32, device=device)
+    units = torch.empty(0 if oat else (2, batch, groups, span), dtype=torch.float32, device=device)
     run(
         _unpack, (span // KEYS, batch * groups), train.codes, train.units, parameter, parameter, out, units,
-        out.stride(0), groups, keys, span, *train.places, *train.unit_places, WORD=train.word, OAT=oat,
-        TWO=oat and len(parameter) == 2, SPLIT=split, SIZE=size, E=padded(size), N=KEYS,
+        out.stride(0), batch * groups * span, groups, keys, span, *train.places, *train.unit_places, WORD=train.word,
+        OAT=oat, TWO=oat and len(parameter) == 2, SPLIT=split, SIZE=size, E=padded(size), N=KEYS,
     )  # fmt: skip
     return out, units

@@ -51,7 +51,17 @@ def quotient(v, unit, inverse_unit):
 
 
 @triton.jit
-def oat_code(v, threshold0, threshold1, unit0, unit1, limit, TWO: tl.constexpr, ROUNDING: tl.constexpr):
+def oat_code(
+    v,
+    threshold0,
+    threshold1,
+    unit0,
+    unit1,
+    limit,
+    TWO: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SIGNED: tl.constexpr = YES,
+):
     """Code of an MT or OAT population.
 
     Args:
@@ -63,13 +73,14 @@ def oat_code(v, threshold0, threshold1, unit0, unit1, limit, TWO: tl.constexpr, 
         limit: Largest magnitude of a code.
         TWO: Whether there are two sub-neurons.
         ROUNDING: Index of its name in :data:`spikeform.neurons.oat.ROUNDINGS`.
+        SIGNED: Whether v may be negative.
 
     Returns:
         Codes, integer-valued fp32 ``[...]``, and where the outlier sub-neuron fires; the value is code x its unit.
     """
     inverse0 = inverse(unit0)
     inverse1 = inverse(unit1) if TWO else inverse0
-    magnitude = tl.abs(v)
+    magnitude = tl.abs(v) if SIGNED else v
     outlier = magnitude >= threshold0
     unit, inverse_unit = unit0, inverse0
     if TWO:
@@ -82,8 +93,10 @@ def oat_code(v, threshold0, threshold1, unit0, unit1, limit, TWO: tl.constexpr, 
     else:
         code = tl.maximum(tl.minimum(tl.ceil(scaled), limit + 1.0) - 1.0, 0.0)
     code = tl.minimum(code, limit * 1.0)  # the smaller of NaN and a number is the number
-    sign = v.to(tl.int32, bitcast=True) & -0x80000000
-    return (code.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), outlier
+    if SIGNED:
+        sign = v.to(tl.int32, bitcast=True) & -0x80000000
+        code = (code.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return code, outlier
 
 
 @triton.jit

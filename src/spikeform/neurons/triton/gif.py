@@ -1,6 +1,6 @@
 """GIF neurons with a range of each token: integers in its common unit, a band of tokens to a program.
 
-A program reads its rows twice, for their ranges and for their codes; the second time they are in the first cache.
+A program reads its rows once, piece by piece, and holds them, as they are given, until their ranges are known.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from spikeform.neurons.triton.codes import gif_integer, gif_unit, inverse_power, to_integer
-from spikeform.neurons.triton.tiles import Rows, band, rows_of, run, start
+from spikeform.neurons.triton.tiles import Chunks, Rows, band, chunks, rows_of, run, start, within
 
 UNIT_BYTES = tl.constexpr(4)
 FEW_ROWS = 256  # up to here there are processors for all rows at once, and what counts is that each is short
 LONGEST = 16384  # elements of a row that a program then reads at once
-CHUNK, BAND = 1024, 4096  # columns, and elements, that a program of many rows reads at once
-LANE = 16  # elements of them a thread
+BAND = 4096  # elements that a program of many rows reads at once
 
 
 @triton.jit
@@ -47,25 +46,27 @@ def _integers(
     column = tl.arange(0, BLOCK)[None, :]
     low = tl.zeros((ROWS, BLOCK), tl.float32)
     high = low
-    for chunk in tl.range(CHUNKS):
-        first = chunk * BLOCK
-        live = (row < inner) & (first + column < width)
-        v = tl.load(x + at + first + column, live, other=0.0).to(tl.float32)
+    held = ()
+    for chunk in tl.static_range(CHUNKS):
+        live = (row < inner) & within(column, width, chunk, CHUNKS)
+        given = tl.load(x + at + chunk * BLOCK + column, live, other=0.0)
+        v = given.to(tl.float32)
         low, high = tl.minimum(low, v), tl.maximum(high, v)
+        held += (given,)
     low, high = tl.min(low, 1, keep_dims=True), tl.max(high, 1, keep_dims=True)
     unit = gif_unit(low, high, levels, STEPS)
     index = outer.to(tl.int64) * inner + row
     to = index * (width + UNIT_BYTES if PACKED else width)
     multiple += outer % tables * width
-    for chunk in tl.range(CHUNKS):
-        first = chunk * BLOCK
-        live = (row < inner) & (first + column < width)
-        v = tl.load(x + at + first + column, live, other=0.0).to(tl.float32)
-        m = tl.load(multiple + first + column, first + column < width, other=1.0) if STEPS > 1 else unit * 0.0 + 1.0
-        code = gif_integer(v, low, unit, m, levels, STEPS)
+    for chunk in tl.static_range(CHUNKS):
+        live = (row < inner) & within(column, width, chunk, CHUNKS)
+        m = unit * 0.0 + 1.0
+        if STEPS > 1:
+            m = tl.load(multiple + chunk * BLOCK + column, within(column, width, chunk, CHUNKS), other=1.0)
+        code = gif_integer(held[chunk].to(tl.float32), low, unit, m, levels, STEPS)
         if PACKED:  # a cache holds codes in each channel's own unit
             code *= inverse_power(m)
-        tl.store(out + to + first + column, to_integer(code, tl.int8), live)
+        tl.store(out + to + chunk * BLOCK + column, to_integer(code, tl.int8), live)
     if PACKED:
         byte = tl.arange(0, UNIT_BYTES)[None, :]
         bits = unit.to(tl.int32, bitcast=True) >> (8 * byte)
@@ -99,10 +100,11 @@ def _prepare(x: Tensor, multiple: Tensor) -> tuple[Rows, _Table]:
 def _run(x: Tensor, multiple: Tensor, levels: int, steps: int, out: Tensor, unit: Tensor, packed: bool) -> None:
     rows, table = _prepare(x, multiple)
     if rows.outer * rows.inner <= FEW_ROWS:
-        block, high = min(triton.next_power_of_2(rows.width), LONGEST), 1
+        pieces, high = Chunks(min(triton.next_power_of_2(rows.width), LONGEST), 1), 1
+        pieces = pieces._replace(count=triton.cdiv(rows.width, pieces.block))
     else:
-        block = min(triton.next_power_of_2(rows.width), CHUNK)
-        high = min(max(BAND // block, 1), triton.next_power_of_2(rows.inner))
+        pieces = chunks(rows.width)
+        high = min(max(BAND // (pieces.block * pieces.count), 1), triton.next_power_of_2(rows.inner))
     grid = (rows.outer * triton.cdiv(rows.inner, high),)
     run(
         _integers,
@@ -117,9 +119,9 @@ def _run(x: Tensor, multiple: Tensor, levels: int, steps: int, out: Tensor, unit
         STEPS=steps,
         PACKED=packed,
         ROWS=high,
-        BLOCK=block,
-        CHUNKS=triton.cdiv(rows.width, block),
-        num_warps=min(max(block * high // (32 * LANE), 1), 16),
+        BLOCK=pieces.block,
+        CHUNKS=pieces.count,
+        num_warps=pieces.warps(high),
     )
 
 

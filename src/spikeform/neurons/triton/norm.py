@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm of spikes, a row to a program: the row stays in registers between its two reductions."""
+"""LayerNorm and RMSNorm of spikes, a row to a program: it is read once, piece by piece, and held as it is given."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from spikeform.neurons.triton.codes import inverse_sqrt, oat_code, oat_value, round_mantissa, rounded
 from spikeform.neurons.triton.hg import bank
 from spikeform.neurons.triton.oat import units
-from spikeform.neurons.triton.tiles import rows_of, run, start
+from spikeform.neurons.triton.tiles import chunks, rows_of, run, start, within
 
-LANE = 16  # elements of a row a thread, while there are threads enough
+REGISTERS = 64  # of a thread of a long row that is not centred: two programs share a processor, and nothing is spilt
 
 
 @triton.jit
@@ -43,34 +43,52 @@ def _norm(
     TWO: tl.constexpr,
     ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
-    live = column < width
     at = start(row // inner, groups, stride_b, stride_g) + (row % inner).to(tl.int64) * stride_s
-    d = tl.load(x + at + column, live, other=0.0).to(tl.float32)
+    held = ()
+    total = tl.zeros((BLOCK,), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        there = within(column, width, chunk, CHUNKS)
+        given = tl.load(x + at + chunk * BLOCK + column, there, other=0.0)
+        total += given.to(tl.float32)
+        held += (given,)
     # Asked for before the reductions, so that they have arrived when these are done.
-    gain, offset = 1.0, 0.0
-    if WEIGHTED:
-        gain = tl.load(weight + column, live, other=0.0, eviction_policy="evict_last").to(tl.float32) + gain_offset
-    if BIASED:
-        offset = tl.load(bias + column, live, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    gains, offsets = (), ()
+    for chunk in tl.static_range(CHUNKS):
+        there = within(column, width, chunk, CHUNKS)
+        place = chunk * BLOCK + column
+        if WEIGHTED:
+            gains += (tl.load(weight + place, there, other=0.0, eviction_policy="evict_last"),)
+        if BIASED:
+            offsets += (tl.load(bias + place, there, other=0.0, eviction_policy="evict_last"),)
     threshold0, threshold1, unit0, unit1 = units(threshold, resolution, TWO)
-    if CENTRED:
-        d -= tl.div_rn(tl.sum(d, 0), width * 1.0)
-        if PADDED:
-            d = tl.where(live, d, 0.0)
-    code, outlier = oat_code(d, threshold0, threshold1, unit0, unit1, limit, TWO, ROUNDING)
-    value = oat_value(code, outlier, unit0, unit1, TWO)
-    square = round_mantissa(d * d, BITS, NEAREST, top, floor, SIGNED=False)
-    mean_square = tl.div_rn(tl.sum(square, 0), width * 1.0)
+    mean = tl.div_rn(tl.sum(total, 0), width * 1.0) if CENTRED else 0.0
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        d = held[chunk].to(tl.float32)
+        if CENTRED:
+            d -= mean
+            if PADDED and chunk == CHUNKS - 1:
+                d = tl.where(within(column, width, chunk, CHUNKS), d, 0.0)
+        squares += round_mantissa(d * d, BITS, NEAREST, top, floor, SIGNED=False)
+    mean_square = tl.div_rn(tl.sum(squares, 0), width * 1.0)
     scale = round_mantissa(inverse_sqrt(mean_square + eps), BITS, NEAREST, top, floor, SIGNED=False)
-    y = value * scale
-    if WEIGHTED:
-        y *= gain
-    if BIASED:
-        y += offset
-    tl.store(out + row.to(tl.int64) * width + column, rounded(y, out.dtype.element_ty), live)
+    to = out + row.to(tl.int64) * width
+    for chunk in tl.static_range(CHUNKS):
+        d = held[chunk].to(tl.float32)
+        if CENTRED:
+            d -= mean
+        code, outlier = oat_code(d, threshold0, threshold1, unit0, unit1, limit, TWO, ROUNDING)
+        y = oat_value(code, outlier, unit0, unit1, TWO) * scale
+        if WEIGHTED:
+            y *= gains[chunk].to(tl.float32) + gain_offset
+        if BIASED:
+            y += offsets[chunk].to(tl.float32)
+        there = within(column, width, chunk, CHUNKS)
+        tl.store(to + chunk * BLOCK + column, rounded(y, out.dtype.element_ty), there)
 
 
 def hg_norm(
@@ -94,7 +112,7 @@ def hg_norm(
     if x.numel() == 0:
         return out
     rows = rows_of(x)
-    block = triton.next_power_of_2(rows.width)
+    pieces = chunks(rows.width)
     # Products are not fused into sums: y would have bits that the layer in PyTorch has not.
     run(
         _norm,
@@ -110,7 +128,7 @@ def hg_norm(
         *bank(bits, low, high),
         limit,
         resolution,
-        PADDED=block > rows.width,
+        PADDED=pieces.block * pieces.count > rows.width,
         CENTRED=centred,
         WEIGHTED=weight is not None,
         BIASED=bias is not None,
@@ -118,8 +136,10 @@ def hg_norm(
         NEAREST=nearest,
         TWO=threshold.numel() == 2,
         ROUNDING=rounding,
-        BLOCK=block,
-        num_warps=min(max(block // (32 * LANE), 1), 16),
+        BLOCK=pieces.block,
+        CHUNKS=pieces.count,
+        num_warps=pieces.warps(),
+        maxnreg=REGISTERS if pieces.warps() == 16 and not centred else None,
         enable_fp_fusion=False,
     )
     return out

@@ -16,6 +16,8 @@ from torch import Tensor
 INT32_END = 2**31
 LARGE = 2**19  # elements from which all processors are busy with large tiles
 SMALL_TILE, LARGE_TILE, WARPS = 1024, 4096, 4  # elements, elements, of a program
+SHORTEST_CHUNK, LONGEST_CHUNK, WASTE = 1024, 4096, 1.25  # elements, elements, of a row that is held / those it has
+HELD = 24  # elements that a thread holds
 
 
 class Rows(NamedTuple):
@@ -79,6 +81,25 @@ def launch(rows: Rows, elements: int | None = None) -> Launch:
     return Launch(grid, {"FLAT": flat, "ROWS": high, "BLOCK": block, "num_warps": WARPS})
 
 
+class Chunks(NamedTuple):
+    """A row that a program holds in registers: equal pieces, of which only the last may reach beyond its end."""
+
+    block: int
+    count: int
+
+    def warps(self, rows: int = 1) -> int:
+        """Of a program that holds so many rows."""
+        return min(triton.next_power_of_2(triton.cdiv(self.block * self.count * rows, 32 * HELD)), 16)
+
+
+def chunks(width: int) -> Chunks:
+    """Pieces of a row: powers of two, as long as they may be without many elements that do not exist."""
+    block = min(triton.next_power_of_2(width), LONGEST_CHUNK)
+    while block > SHORTEST_CHUNK and triton.cdiv(width, block) * block > WASTE * width:
+        block //= 2
+    return Chunks(block, triton.cdiv(width, block))
+
+
 def run(kernel: Any, grid: tuple[Any], *args: Any, **constants: Any) -> None:
     """Run a kernel on the device of its first argument, a tensor."""
     with torch.cuda.device_of(args[0]):
@@ -109,6 +130,15 @@ def tile(
         at = start(outer, groups, stride_b, stride_g) + row.to(tl.int64) * stride_s + column
         to = (outer.to(tl.int64) * inner + row) * width + column
         return at, to, (row < inner) & (column < width), column
+
+
+@triton.jit
+def within(column, width, chunk: tl.constexpr, CHUNKS: tl.constexpr):
+    """Which columns of a piece of a row exist: of all but the last it is known that they do."""
+    if chunk == CHUNKS - 1:
+        return column < width - chunk * column.numel
+    else:
+        return column >= 0
 
 
 @triton.jit
