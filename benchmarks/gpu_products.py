@@ -50,6 +50,7 @@ CHECKED = (
     else [(1, 24, 128), (5, 40, 128)]
 )
 PATIENCE, LIMIT = 120, 400  # seconds for compiling, and for everything: then what is known is shown
+AHEAD = 2048  # bytes of each row of a weight
 ROTATED, MOST_COPIES, LEAST_LAUNCHES = 256e6, 64, 8
 
 
@@ -226,15 +227,15 @@ def overlap_time(case: Case, table: str, value: tuple) -> float | None:
 @contextmanager
 def reaching(table: str, rows: int) -> Iterator[None]:
     """Has ``rows`` rows run on the kernels of ``table``."""
-    kept = products.STREAMED, products.SKINNY, products.LIMB_ROWS
+    kept = products.SKINNY, products.LIMB_ROWS
     if table == "skinny_shape":
-        products.STREAMED, products.SKINNY = 1, max(rows, kept[1])
+        products.SKINNY = max(rows, kept[0])
     elif table.endswith("tile"):
         products.SKINNY = products.LIMB_ROWS = 4
     try:
         yield
     finally:
-        products.STREAMED, products.SKINNY, products.LIMB_ROWS = kept
+        products.SKINNY, products.LIMB_ROWS = kept
 
 
 @contextmanager
@@ -249,7 +250,7 @@ def overlapped(on: bool) -> Iterator[None]:
 
 def hasty(value: tuple) -> tuple:
     """A cut that asks for its weights before it waits, where there is a choice."""
-    return value._replace(ahead=True) if isinstance(value, Strip) else value
+    return value._replace(ahead=AHEAD) if isinstance(value, Strip) else value
 
 
 def warm(job: tuple[str, str, int, list, int, bool]) -> int:

@@ -13,7 +13,7 @@ CUDA = torch.cuda.is_available()
 
 STRIPS = {
     "oat": [
-        *(Strip(8, 512, 4, s, a) for s in (1, 2, 4) for a in (False, True)),
+        *(Strip(8, 512, 4, s, a) for s in (1, 2, 4) for a in (0, 4096)),
         *(Strip(16, 512, 4, s) for s in (2, 4, 6)),
         *(Strip(16, 512, 8, s) for s in (2, 4)),
         *(Strip(4, 1024, 4, s) for s in (1, 3)),
@@ -24,14 +24,8 @@ STRIPS = {
         *(Strip(8, 256, 4, s) for s in (4, 6)),
         Strip(4, 512, 2, 4),
     ],
-    "oat4": [
-        *(Strip(8, 256, 4, s) for s in (1, 4)),
-        *(Strip(8, 512, 8, s) for s in (1, 4)),
-        *(Strip(4, 512, 4, s) for s in (1, 4)),
-        *(Strip(16, 256, 8, s) for s in (2, 4)),
-    ],
     "oat_int": [
-        *(Strip(16, 256, 8, s, a) for s in (1, 4) for a in (False, True)),
+        *(Strip(16, 256, 8, s, a) for s in (1, 4) for a in (0, 4096)),
         *(Strip(8, 256, 4, s) for s in (2, 4, 6)),
         *(Strip(8, 256, 8, s) for s in (2, 4)),
         *(Strip(32, 128, 8, s) for s in (2, 4)),
@@ -41,9 +35,9 @@ STRIPS = {
         Strip(8, 128, 4, 6),
     ],
     "gif": [
-        *(Strip(n, 256, 8, s, a) for n in (16, 32) for s in (1, 2) for a in (False, True)),
-        *(Strip(8, 256, 4, 1, a) for a in (False, True)),
-        *(Strip(8, 256, 8, 1, a) for a in (False, True)),
+        *(Strip(n, 256, 8, s, a) for n in (16, 32) for s in (1, 2) for a in (0, 4096)),
+        *(Strip(8, 256, 4, 1, a) for a in (0, 4096)),
+        *(Strip(8, 256, 8, 1, a) for a in (0, 4096)),
         Strip(16, 512, 8, 1),
         Strip(16, 512, 16, 1),
         Strip(32, 512, 16, 1),
@@ -51,7 +45,6 @@ STRIPS = {
         Strip(16, 128, 4, 1),
         Strip(4, 512, 4, 1),
     ],
-    "gif4": [Strip(8, 256, 8, 1), Strip(8, 256, 8, 2), Strip(16, 256, 8, 1), Strip(8, 128, 4, 1), Strip(4, 256, 4, 1)],
 }
 SKINNY = {
     "bf16": [
@@ -140,12 +133,10 @@ def plans() -> list[tuple[str, str, int, list, str]]:
     """Kind, table, rows, cuts, section."""
     return [
         ("oat", "oat_strip", 1, STRIPS["oat"], "decode"),
-        ("oat", "oat_strip", 4, STRIPS["oat4"], "decode"),
         ("oat_int8", "oat_int_strip", 1, STRIPS["oat_int"], "decode"),
         ("oat_int16", "oat_int_strip", 1, STRIPS["oat_int"], "decode"),
         ("gif8", "gif_strip", 1, STRIPS["gif"], "decode"),
         ("gif4", "gif_strip", 1, STRIPS["gif"], "decode"),
-        ("gif4", "gif_strip", 4, STRIPS["gif4"], "decode"),
         ("oat", "skinny_shape", 16, SKINNY["bf16"], "skinny"),
         ("oat", "skinny_shape", 4, SKINNY["bf16"], "skinny"),
         ("oat_int8", "skinny_shape", 4, SKINNY["int8"], "skinny"),

@@ -3,6 +3,7 @@
 Without a CUDA device the same tests run on Triton's interpreter, in a process of their own.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,21 @@ def products(monkeypatch):
     if INTERPRETED:
         let_bounds_be_scalars(monkeypatch)
     return products
+
+
+@pytest.fixture(params=[False, True], ids=["each program encodes", "encoded once"])
+def once(request, monkeypatch):
+    """One row goes either way."""
+    from spikeform.synapses.triton import shapes
+
+    monkeypatch.setattr(shapes, "encode_once", dict.fromkeys(shapes.encode_once, request.param))
+    return request.param
+
+
+def skip_same(once, *shape):
+    """Many rows know one way."""
+    if once and math.prod(shape[:-1]) > 1:
+        pytest.skip("it is about one row")
 
 
 def real(*shape, seed=0, dtype=torch.float32):
@@ -75,6 +91,7 @@ def population(steps, rounding, two, powers=False):
     ("shape", "columns", "dtype", "steps", "two", "single", "shifted"),
     [
         ((1, 72), 21, torch.bfloat16, 8, True, True, False),
+        ((1, 1, 530), 9, torch.float32, 15, True, False, True),
         ((2, 2, 520), 9, torch.float32, 15, True, False, True),
         ((9, 160), 70, torch.bfloat16, 12, False, False, True),
         ((9, 160), 70, torch.bfloat16, 6, False, True, False),
@@ -83,7 +100,8 @@ def population(steps, rounding, two, powers=False):
         ((17, 80), 24, torch.float32, 10, True, False, False),
     ],
 )
-def test_oat_linear(products, rounding, shape, columns, dtype, steps, two, single, shifted):
+def test_oat_linear(products, once, rounding, shape, columns, dtype, steps, two, single, shifted):
+    skip_same(once, *shape)
     neuron = population(steps, rounding, two, single)
     inner = shape[-1]
     x = real(*shape, dtype=dtype)
@@ -110,9 +128,17 @@ def test_oat_linear(products, rounding, shape, columns, dtype, steps, two, singl
 @pytest.mark.parametrize("steps", [7, 8, 14, 15, 16])
 @pytest.mark.parametrize(
     ("shape", "columns", "two"),
-    [((76,), 19, True), ((3, 70), 37, True), ((1, 4, 70), 33, False), ((66, 80), 40, True), ((18, 80), 40, True)],
+    [
+        ((76,), 19, True),
+        ((1, 1100), 5, False),
+        ((3, 70), 37, True),
+        ((1, 4, 70), 33, False),
+        ((66, 80), 40, True),
+        ((18, 80), 40, True),
+    ],
 )
-def test_oat_linear_int(products, rounding, steps, shape, columns, two):
+def test_oat_linear_int(products, once, rounding, steps, shape, columns, two):
+    skip_same(once, *shape)
     if rounding != "nearest" and (steps != 15 or len(shape) > 1):
         pytest.skip("limbs are the same for each rounding")
     neuron = population(steps, rounding, two)
@@ -137,6 +163,8 @@ def _exact(train):
     ("shape", "columns", "packed"),
     [
         ((128,), 21, True),
+        ((1, 1152), 5, True),
+        ((1, 1, 1084), 9, False),
         ((2, 2, 192), 7, True),
         ((6, 128), 35, True),
         ((3, 76), 9, False),
@@ -146,7 +174,8 @@ def _exact(train):
         ((2, 70), 9, False),
     ],
 )
-def test_gif_linear(products, bits, steps, shape, columns, packed):
+def test_gif_linear(products, once, bits, steps, shape, columns, packed):
+    skip_same(once, *shape)
     inner = shape[-1]
     neuron = GIF(bits, (inner,), steps=steps)
     neuron.set_times(torch.tensor([2 ** (i % steps.bit_length()) for i in range(inner)], dtype=torch.uint8))

@@ -85,6 +85,7 @@ def _limbs(
     resolution,
     TWO: tl.constexpr,
     LIMBS: tl.constexpr,
+    EXCESS: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -95,10 +96,12 @@ def _limbs(
     live = at < size
     _, _, unit0, unit1 = oat_units(threshold, resolution, TWO)
     factor = tl.load(scale + at % N, live, other=0.0)
-    stride = size * (2 * LIMBS if TWO else LIMBS)
+    planes = size * (2 * LIMBS if TWO else LIMBS)
+    stride = planes + N if EXCESS else planes
+    missing = _total(partial, planes + at % N, live, splits, stride).to(tl.int64) * EXCESS if EXCESS else at * 0
     y = factor * 0.0
     for branch in tl.static_range(2 if TWO else 1):
-        total = at * 0
+        total = missing
         for limb in tl.static_range(LIMBS):
             place = at + size * (branch * LIMBS + limb)
             total += _total(partial, place, live, splits, stride).to(tl.int64) << (8 * limb)
@@ -150,15 +153,23 @@ def finish_rows(partial: Tensor, scale: Tensor, unit: Tensor, bias: Tensor | Non
 
 
 def finish_limbs(
-    partial: Tensor, scale: Tensor, threshold: Tensor, resolution: int, bias: Tensor | None, out: Tensor
+    partial: Tensor,
+    scale: Tensor,
+    threshold: Tensor,
+    resolution: int,
+    excess: int,
+    bias: Tensor | None,
+    out: Tensor,
 ) -> None:
     """``out [M, N] = sum_r unit_r (scale sum_i 256^i sum_s partial[s, r L + i]) + bias``.
 
     Args:
-        partial: int32 ``[S, R L M, N]``: R sub-neurons, L limbs, lowest first.
+        partial: int32 ``[S, R L M, N]``: R sub-neurons, L limbs, lowest first; ``[S, R L M + 1, N]`` where codes were
+            sent less than they are: the last row holds sums of the weights.
         scale: fp32 ``[N]``.
         threshold: fp32 ``[R]``; the unit is ``threshold / resolution``.
         resolution: Code units to a threshold.
+        excess: How much less, 0: not; see :mod:`.encode`.
         bias: ``[N]``.
         out: ``[M, N]``.
     """
@@ -176,6 +187,7 @@ def finish_limbs(
         **meta(
             TWO=threshold.numel() == 2,
             LIMBS=partial.shape[1] // (rows * threshold.numel()),
+            EXCESS=excess,
             BIAS=bias is not None,
             BLOCK=BLOCK,
             enable_fp_fusion=False,

@@ -14,7 +14,11 @@ from spikeform.neurons.triton.codes import INTERPRETED, gif_integer, gif_unit, o
 
 @triton.jit
 def release(OVERLAP: tl.constexpr):
-    """Let the next kernel begin where this one leaves room."""
+    """Let the next kernel begin where this one leaves room: once all programs of this one have come here, or ended.
+
+    After :func:`await_inputs` no more than one kernel is ahead of the running one, and weights that it asks for stay in
+    the cache until they are read. What is short, and has another long one behind it, lets that begin before it waits.
+    """
     if OVERLAP and not INTERPRETED:
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -71,6 +75,21 @@ def dot4(weights, codes, sums, SIGNED: tl.constexpr):
 
 
 @triton.jit
+def count4(word, total):
+    """``total`` and the four signed bytes of a word."""
+    return dot4(word, word * 0 + 0x01010101, total, True)
+
+
+@triton.jit
+def together(sums, FIRST: tl.constexpr, LIMBS: tl.constexpr):
+    """Sums over the last axis of LIMBS tensors, of which each counts 256 times what the one before it does; int64."""
+    total = tl.sum(sums[FIRST], 1).to(tl.int64)
+    for limb in tl.static_range(1, LIMBS):
+        total += tl.sum(sums[FIRST + limb], 1).to(tl.int64) << (8 * limb)
+    return total
+
+
+@triton.jit
 def multiply(a, b, sums):
     """``sums + a b`` of matrices: int8 into int32, bf16 into fp32."""
     if INTERPRETED and a.dtype == tl.bfloat16:
@@ -102,14 +121,13 @@ def fetch(source, k, K, other):
 
 
 @triton.jit
-def gif_word(inputs, times, FIRST: tl.constexpr, TIMES: tl.constexpr, low, unit, levels, steps, STEPPED: tl.constexpr):
+def gif_word(inputs, times, FIRST: tl.constexpr, low, unit, levels, steps, STEPPED: tl.constexpr):
     """Integers of four channels as one word each.
 
     Args:
         inputs: What :func:`fetch` found of a row, from the element FIRST on.
-        times: The channels' units in common units, from TIMES on; read where STEPPED, else they are 1.
+        times: The channels' units in common units, likewise; read where STEPPED, else they are 1.
         FIRST: As said.
-        TIMES: As said.
         low: Of :func:`gif_row`.
         unit: Of :func:`gif_row`.
         levels: L.
@@ -119,30 +137,33 @@ def gif_word(inputs, times, FIRST: tl.constexpr, TIMES: tl.constexpr, low, unit,
     word = inputs[FIRST].to(tl.int32) * 0
     for byte in tl.static_range(4):
         v = inputs[FIRST + byte].to(tl.float32)
-        multiple = times[TIMES + byte] if STEPPED else v * 0.0 + 1.0
+        multiple = times[FIRST + byte] if STEPPED else v * 0.0 + 1.0
         code = gif_integer(v, low, unit, multiple, levels, steps).to(tl.int32)
         word |= (code & 255) << (8 * byte)
     return word
 
 
 @triton.jit
-def ask(weight, row, size, HEIGHT: tl.constexpr):
-    """Have whole rows brought into the L2 cache while the program does something else.
+def ask(weight, row, size, HEIGHT: tl.constexpr, FIRST: tl.constexpr, AHEAD: tl.constexpr):
+    """Have a part of some rows brought into the L2 cache while the program waits.
 
     Args:
         weight: Pointer to bytes.
         row: int64 ``[HEIGHT]``.
         size: Bytes of a row, a multiple of 256; rows are aligned to 16 bytes.
         HEIGHT: Rows.
+        FIRST: The part's first byte, a multiple of 256.
+        AHEAD: How many bytes, if a row has them; 0: none.
     """
-    if not INTERPRETED:
+    if AHEAD and not INTERPRETED:
         lanes = tl.arange(0, 16) * 256
-        for start in range(0, size, 4096):
+        end = tl.minimum(size, FIRST + AHEAD)
+        for start in range(FIRST, end, 4096):
             byte = start + lanes
             tl.inline_asm_elementwise(
                 "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], 256; mov.u32 $0, 0; }",
                 "=r,l,r",
-                [weight + row[:, None] * size + byte[None, :], (byte < size).to(tl.int32)[None, :]],
+                [weight + row[:, None] * size + byte[None, :], (byte < end).to(tl.int32)[None, :]],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,

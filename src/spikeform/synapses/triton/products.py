@@ -1,7 +1,8 @@
 """CUDA kernels of :mod:`spikeform.synapses.fused`: which kernel runs a product.
 
-A single row streams the weights through a matrix-vector kernel with the neuron inside; up to 64 put planes or limbs
-of the codes through tensor cores, split along K; more rows are one product of matrices.
+A single row streams the weights through a matrix-vector kernel with the neuron inside, or encoded once in front of it
+(:mod:`.shapes` says which); up to 64 put planes or limbs of the codes through tensor cores, split along K; more rows
+are one product of matrices.
 """
 
 from __future__ import annotations
@@ -14,19 +15,28 @@ from spikeform.neurons.triton.gif import gif_integers
 from spikeform.neurons.triton.oat import oat_values
 from spikeform.synapses.fused import EVENT_ROWS
 from spikeform.synapses.triton import shapes
-from spikeform.synapses.triton.encode import oat_limbs, oat_planes
+from spikeform.synapses.triton.encode import (
+    excess_of,
+    gif_words,
+    limbs_of,
+    oat_limbs,
+    oat_planes,
+    oat_row,
+    oat_words,
+)
 from spikeform.synapses.triton.event import event
 from spikeform.synapses.triton.finish import finish_limbs, finish_real, finish_rows
 from spikeform.synapses.triton.gemm import gemm
 from spikeform.synapses.triton.gemv import gif_gemv, oat_gemv, oat_int_gemv
-from spikeform.synapses.triton.launch import cdiv, meta, next_power
+from spikeform.synapses.triton.launch import ahead, cdiv, meta, next_power
 from spikeform.synapses.triton.skinny import sums
+from spikeform.synapses.triton.stream import stream
 
-STREAMED, SKINNY = 1, 64  # most rows of a matrix-vector kernel, and of a skinny product
+SKINNY = 64  # most rows of a skinny product
 BLAS = 17  # least rows whose values, where one plane carries them, go to the library
 LIMB_ROWS = 128  # most rows of limbs of a skinny product
-LARGEST_BATCH = 8192  # rows whose limbs, and integer sums, are in memory at once
 LARGEST_ROW = 4096  # channels that the search for a row's range takes in one bite
+LARGEST_BATCH = 8192  # rows whose limbs, and integer sums, are in memory at once
 
 
 def oat_linear(
@@ -46,7 +56,7 @@ def oat_linear(
     if not rows:
         return out
     with torch.cuda.device_of(x):
-        if rows <= STREAMED:
+        if rows == 1:
             _oat_strip(x, weight, bias, threshold, shift, limit, resolution, rounding, out)
         elif weight.dtype != torch.bfloat16 or (single and rows >= BLAS):
             narrow = weight.dtype == x.dtype and (single or x.dtype == torch.float32)
@@ -59,8 +69,14 @@ def oat_linear(
 
 
 def _oat_strip(x, weight, bias, threshold, shift, limit, resolution, rounding, out) -> None:
-    (columns, inner), rows = weight.shape, x.numel() // x.shape[-1]
-    cut = shapes.oat_strip(rows, columns, inner)
+    columns, inner = weight.shape
+    parts = 4 // weight.element_size()
+    if shapes.encode_once["oat"] and inner % parts == 0:
+        values = oat_row(x, threshold, shift, limit, resolution, rounding, parts)
+        cut = shapes.stream_strip("oat", columns, inner // parts, parts)
+        stream(values.view(torch.int32), weight, None, None, bias, out, 1, 1, cut)
+        return
+    cut = shapes.oat_strip(columns, inner)
     oat_gemv[(cdiv(columns, cut.n),)](
         x,
         weight,
@@ -73,7 +89,6 @@ def _oat_strip(x, weight, bias, threshold, shift, limit, resolution, rounding, o
         limit,
         resolution,
         **meta(
-            ROWS=rows,
             TWO=threshold.numel() == 2,
             ROUNDING=rounding,
             SHIFTED=shift is not None,
@@ -82,7 +97,7 @@ def _oat_strip(x, weight, bias, threshold, shift, limit, resolution, rounding, o
             BLOCK_N=cut.n,
             BLOCK_K=cut.k,
             STAGES=cut.stages,
-            AHEAD=_ahead(cut, weight),
+            AHEAD=ahead(cut, weight),
             num_warps=cut.warps,
         ),
     )
@@ -115,44 +130,55 @@ def oat_linear_int(
     """See :mod:`spikeform.synapses.fused`; exact up to 131071 channels, whose limbs' sums int32 holds."""
     x, weight = x.contiguous(), weight.contiguous()
     out, rows = _out(x, weight)
-    (columns, inner), limbs = weight.shape, 1 if limit <= 127 else 2 if limit <= 32767 else 3
+    columns, inner = weight.shape
     if not rows:
         return out
     with torch.cuda.device_of(x):
         if rows == 1 and inner % 4 == 0:
-            cut = shapes.oat_int_strip(columns, inner)
-            oat_int_gemv[(cdiv(columns, cut.n),)](
-                x,
-                weight.view(torch.int32),
-                scale,
-                scale if bias is None else bias,
-                threshold,
-                out,
-                columns,
-                inner,
-                limit,
-                resolution,
-                **meta(
-                    TWO=threshold.numel() == 2,
-                    ROUNDING=rounding,
-                    LIMBS=limbs,
-                    BIAS=bias is not None,
-                    BLOCK_N=cut.n,
-                    BLOCK_K=cut.k,
-                    STAGES=cut.stages,
-                    AHEAD=_ahead(cut, weight),
-                    num_warps=cut.warps,
-                    enable_fp_fusion=False,
-                ),
-            )
+            _oat_int_strip(x, weight, scale, bias, threshold, limit, resolution, rounding, out)
             return out
         flat = out.view(rows, columns)
         for start in range(0, rows, LARGEST_BATCH):
             some = x.view(rows, inner)[start : start + LARGEST_BATCH]
-            planes = oat_limbs(some, threshold, limit, resolution, rounding).view(-1, inner)
-            partial = _int_sums(planes, weight)
-            finish_limbs(partial, scale, threshold, resolution, bias, flat[start : start + LARGEST_BATCH])
+            partial = _int_sums(oat_limbs(some, threshold, limit, resolution, rounding), weight)
+            finish_limbs(
+                partial, scale, threshold, resolution, excess_of(limit), bias, flat[start : start + LARGEST_BATCH]
+            )
     return out
+
+
+def _oat_int_strip(x, weight, scale, bias, threshold, limit, resolution, rounding, out) -> None:
+    (columns, inner), limbs, branches = weight.shape, limbs_of(limit), threshold.numel()
+    if shapes.encode_once["oat_int"]:
+        codes = oat_words(x, threshold, limit, resolution, rounding)
+        cut = shapes.stream_strip("oat_int", columns, inner // 4, branches * limbs)
+        stream(codes, weight, scale, None, bias, out, branches, limbs, cut)
+        return
+    cut = shapes.oat_int_strip(columns, inner)
+    oat_int_gemv[(cdiv(columns, cut.n),)](
+        x,
+        weight.view(torch.int32),
+        scale,
+        scale if bias is None else bias,
+        threshold,
+        out,
+        columns,
+        inner,
+        limit,
+        resolution,
+        **meta(
+            TWO=branches == 2,
+            ROUNDING=rounding,
+            LIMBS=limbs,
+            BIAS=bias is not None,
+            BLOCK_N=cut.n,
+            BLOCK_K=cut.k,
+            STAGES=cut.stages,
+            AHEAD=ahead(cut, weight),
+            num_warps=cut.warps,
+            enable_fp_fusion=False,
+        ),
+    )
 
 
 def _int_sums(codes: Tensor, weight: Tensor) -> Tensor:
@@ -184,7 +210,7 @@ def gif_linear(
     if not rows:
         return out
     with torch.cuda.device_of(x):
-        if rows <= STREAMED and inner % 4 == 0:
+        if rows == 1 and inner % 4 == 0:
             _gif_strip(x, weight if packed is None else packed, scale, zero, bias, multiple, levels, steps, out)
             return out
         codes, unit = gif_integers(x, top, multiple, levels, steps)
@@ -199,12 +225,17 @@ def gif_linear(
 
 
 def _gif_strip(x, weight, scale, zero, bias, multiple, levels, steps, out) -> None:
-    columns, inner, rows = weight.shape[0], x.shape[-1], x.numel() // x.shape[-1]
-    packed = weight.dtype == torch.uint8
-    cut = shapes.gif_strip(rows, columns, inner, packed)
+    columns, inner, packed = weight.shape[0], x.shape[-1], weight.dtype == torch.uint8
+    weight = weight.contiguous()
+    if shapes.encode_once["gif"]:
+        codes = gif_words(x, multiple, levels, steps, packed)
+        cut = shapes.stream_strip("gif", columns, weight.shape[1] // 4, 2 if packed else 1)
+        stream(codes, weight, scale, zero, bias, out, 1, 1, cut)
+        return
+    cut = shapes.gif_strip(columns, inner, packed)
     gif_gemv[(cdiv(columns, cut.n),)](
         x,
-        weight.contiguous().view(torch.int32),
+        weight.view(torch.int32),
         scale,
         scale if zero is None else zero,
         scale if bias is None else bias,
@@ -215,7 +246,6 @@ def _gif_strip(x, weight, scale, zero, bias, multiple, levels, steps, out) -> No
         levels,
         steps,
         **meta(
-            ROWS=rows,
             STEPPED=steps > 1,
             PACKED=packed,
             BIAS=bias is not None,
@@ -223,7 +253,7 @@ def _gif_strip(x, weight, scale, zero, bias, multiple, levels, steps, out) -> No
             BLOCK_N=cut.n,
             BLOCK_K=cut.k,
             STAGES=cut.stages,
-            AHEAD=_ahead(cut, weight),
+            AHEAD=ahead(cut, weight),
             num_warps=cut.warps,
             enable_fp_fusion=False,
         ),
@@ -245,9 +275,3 @@ def event_product(values: Tensor, rows: Tensor, scale: Tensor | None, width: int
 def _out(x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
     """Room for ``[..., N]``, and how many rows that is."""
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.numel() // max(x.shape[-1], 1)
-
-
-def _ahead(cut: shapes.Strip, weight: Tensor) -> bool:
-    """Whether rows of the weight can be, and are to be, asked for before the neuron fires."""
-    bytes_ = weight.shape[-1] * weight.element_size()
-    return cut.ahead and bytes_ % 256 == 0 and weight.data_ptr() % 16 == 0

@@ -5,40 +5,22 @@ The figures come from ``benchmarks/gpu_products.py``, which searches and prints 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from spikeform.synapses.triton.event import Share
 from spikeform.synapses.triton.gemm import Tile
+from spikeform.synapses.triton.launch import Strip
 from spikeform.synapses.triton.skinny import Shape
 
 MULTIPROCESSORS = 132  # of the card that the tables were made on
 
 
-class Strip(NamedTuple):
-    """How a product of a few rows is cut.
-
-    Attributes:
-        n: Output features of a program.
-        k: Elements (of packed or int8 weights: words of four bytes) of a step.
-        warps: Warps of a program.
-        stages: Steps in flight.
-        ahead: Ask for all rows of a program at its start.
-    """
-
-    n: int
-    k: int
-    warps: int
-    stages: int
-    ahead: bool = False
-
+# Whether one row is encoded by a kernel of its own (:mod:`.stream`), or by each program of the product (:mod:`.gemv`).
+encode_once = {"oat": False, "oat_int": False, "gif": False}
 
 LARGE = 2**25  # elements of a weight from which on a product has programs enough in any cut
 
 
-def oat_strip(rows: int, columns: int, inner: int) -> Strip:
-    """Real weights, few rows."""
-    if rows > 1:
-        return Strip(16, 256, 8, 4)
+def oat_strip(columns: int, inner: int) -> Strip:
+    """Real weights, one row."""
     if columns * inner < LARGE:
         return Strip(8, 512, 4, 4)
     if columns >= 2**14:
@@ -53,15 +35,19 @@ def oat_int_strip(columns: int, inner: int) -> Strip:
     return Strip(16, 128, 4, 4) if columns > inner else Strip(8, 256, 4, 4)
 
 
-def gif_strip(rows: int, columns: int, inner: int, packed: bool) -> Strip:
-    """int8 or packed weights, few rows of integers."""
-    if rows > 1:
-        return Strip(8, 128, 4, 1)
+def gif_strip(columns: int, inner: int, packed: bool) -> Strip:
+    """int8 or packed weights, one row of integers."""
     if not packed:
         return Strip(16 if columns > inner else 8, 256, 8, 1)
     if columns * inner < LARGE:
         return Strip(16, 256, 8, 1)
     return Strip(16, 128, 4, 1) if columns > inner else Strip(32, 256, 8, 1)
+
+
+def stream_strip(kind: str, columns: int, width: int, planes: int) -> Strip:
+    """A row that another kernel encoded, as so many planes of codes; ``width``: words of a row of the weight."""
+    few = columns * width < LARGE // 4 and planes <= 2  # short programs, all of them there at once
+    return Strip(8 if few or kind == "oat" else 16, 128, 8, 8)
 
 
 def skinny_shape(rows: int, columns: int, inner: int, element: str) -> Shape:
