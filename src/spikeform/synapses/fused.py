@@ -49,8 +49,8 @@ gif_linear = _define(
     _out,
 )
 # The event executor: values [..., K] (fp32, or int8 codes) times input-major rows, skipping rows whose value is zero;
-# fp32 [..., width]. rows: fp32 or bf16 [K, N], int8 [K, N] or packed uint8 [K, N / 2] (pack_nibbles of weight^T, whose zero is
-# 8); scale fp32 [N] or None: multiplies the sums. int8 values times integer rows are summed in int32.
+# fp32 [..., width]. rows [K, N]: fp32, bf16 or int8, or packed uint8 [K, N / 2] (pack_nibbles of weight^T, whose zero
+# is 8); scale fp32 [N] or None: multiplies the sums. int8 values times integer rows are summed in int32.
 event_product = _define("event_product(Tensor values, Tensor rows, Tensor? scale, int width) -> Tensor", _sums)
 
 EVENT_ROWS = 4  # of the union of more rows little is zero
