@@ -13,17 +13,18 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig
 
-NAMES = ("llama", "gpt2", "opt")
-VOCABULARY = {"llama": 8192, "gpt2": 3072, "opt": 3072}  # gpt2 and opt share one tokenizer
-CONTEXT = {"llama": 1024, "gpt2": 512, "opt": 512}
+NAMES = ("llama", "gpt2", "opt", "mamba2")
+VOCABULARY = {"llama": 8192, "gpt2": 3072, "opt": 3072, "mamba2": 3072}  # the last three share one tokenizer
+CONTEXT = {"llama": 1024, "gpt2": 512, "opt": 512, "mamba2": 512}  # of training; mamba2 has no limit of its own
 WINDOW = 512  # of the held-out protocol
+NO_LIMIT = int(1e30)  # what transformers writes for a tokenizer without a longest text
 
 
 def build(name: str, bos: int, eos: int, pad: int) -> nn.Module:
     """Returns a freshly initialised model with tied embeddings and no dropout of its own.
 
-    Every width is a multiple of 64, so group-wise quantization at the usual sizes divides it, and every
-    head is 32 wide.
+    Every width is a multiple of 64, so group-wise quantization at the usual sizes divides it. Every head is 32
+    wide; those of mamba2, like its state and its chunks, are 64.
     """
     import transformers as hf
 
@@ -66,6 +67,25 @@ def build(name: str, bos: int, eos: int, pad: int) -> nn.Module:
             **special,
         )
         return hf.OPTForCausalLM(config)
+    if name == "mamba2":
+        config = hf.Mamba2Config(
+            vocab_size=VOCABULARY[name],
+            hidden_size=256,
+            num_hidden_layers=7,
+            num_heads=8,
+            head_dim=64,
+            state_size=64,
+            n_groups=1,
+            chunk_size=64,
+            initializer_range=0.02,  # the default of 0.1 makes the first logits of a tied head far too large
+            **special,
+        )
+        model = hf.Mamba2ForCausalLM(config)
+        # As rescale_prenorm_residual does; but with that option in the config, transformers 5.17 to 5.23 divide again
+        # each time the weights are loaded.
+        for block in model.backbone.layers:
+            block.mixer.out_proj.weight.data /= math.sqrt(config.num_hidden_layers)
+        return model
     raise ValueError(f"unknown model {name!r}: one of {', '.join(NAMES)}")
 
 
@@ -101,7 +121,7 @@ def use_plain_attention(model: nn.Module, causal: bool = True) -> list[torch.Ten
 
 
 def add_residual_dropout(model: nn.Module, p: float) -> None:
-    """Adds dropout to what each block writes into the residual stream, the same way in all three models.
+    """Adds dropout to what each block writes into the residual stream, the same way in all models.
 
     It lives in forward hooks, so nothing of it is saved.
     """
@@ -166,7 +186,7 @@ def save_folder(model: nn.Module, tokenizer, folder: Path) -> None:
     if model.can_generate():
         special = {f"{token}_token_id": getattr(config, f"{token}_token_id") for token in ("bos", "eos", "pad")}
         GenerationConfig(**special).save_pretrained(folder)
-    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.model_max_length = getattr(config, "max_position_embeddings", NO_LIMIT)
     tokenizer.save_pretrained(folder)
     tied = set(model._tied_weights_keys or ())
     tensors = {

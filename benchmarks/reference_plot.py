@@ -14,11 +14,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+NAMES = ("llama", "gpt2", "opt", "mamba2")
+
 
 def draw(results: Path, target: Path) -> None:
     """Draws held-out and training loss of every model over the tokens seen, stage after stage."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
-    for axis, name in zip(axes, ("llama", "gpt2", "opt"), strict=True):
+    names = [name for name in NAMES if (results / f"reference-{name}.json").is_file()]
+    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.4), sharey=True)
+    for axis, name in zip(axes, names, strict=True):
         report = json.loads((results / f"reference-{name}.json").read_text(encoding="utf-8"))
         before = 0.0
         for index, stage in enumerate(report["stages"]):
@@ -38,7 +41,8 @@ def draw(results: Path, target: Path) -> None:
         axis.set(title=name, xlabel="million tokens", ylim=(3.0, 5.0))
         axis.legend(fontsize=7)
     axes[0].set_ylabel("nats per token")
-    figure.suptitle("Each model has its own vocabulary (8192, 3072, 3072): compare bits per byte, not nats", fontsize=9)
+    title = "llama has a vocabulary of its own (8192; the others 3072): compare bits per byte, not nats"
+    figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110)

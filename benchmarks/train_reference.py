@@ -4,8 +4,8 @@
 
 The learning rate warms up, then falls along a cosine that ends when either --epochs or --minutes is reached,
 whichever comes first. The checkpoint with the lowest held-out loss (books/valid) is the one that is kept, and
-training stops early when that loss has risen for a while. llama, gpt2 and opt learn to predict the next token,
-bert masked ones (bert_masked.py). Written into --out:
+training stops early when that loss has risen for a while. llama, gpt2, opt and mamba2 learn to predict the next
+token, bert masked ones (bert_masked.py); mamba2 scans by spiking_mamba_scan.py. Written into --out:
 
     NAME/                 the model folder, weights rounded to bfloat16
     reference-NAME.json   protocol, hardware, versions, loss curve, held-out figures of the saved weights
@@ -30,10 +30,11 @@ import bert_masked
 import numpy as np
 import reference_data as text
 import reference_models as reference
+import spiking_mamba_scan
 import torch
 import torch.nn.functional as F
 
-BERT = "bert"
+BERT, MAMBA = "bert", "mamba2"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,12 +47,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=30.0, help="end of the schedule in wall time")
     parser.add_argument("--epochs", type=float, default=30.0, help="end of the schedule in passes over the text")
     parser.add_argument("--batch-tokens", type=int, default=32768)
-    parser.add_argument("--lr", type=float, help="peak; default: 2e-3 for llama, 1e-3 for the others")
+    parser.add_argument("--lr", type=float, help="peak; default: 2e-3 for llama and mamba2, 1e-3 for the others")
     parser.add_argument("--warm-up", type=float, help="share of the schedule; default: 0.06 for bert, else 0.02")
     parser.add_argument(
         "--score-penalty",
         type=float,
-        help="times the mean square attention score, sum over layers; default: 0 for llama, 1e-4 for the others",
+        help="times the mean square attention score, sum over layers; default: 1e-4, but 0 for llama and mamba2",
     )
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--dropout", type=float, default=0.0, help="on what blocks write to the residual stream")
@@ -64,11 +65,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true")
     arguments = parser.parse_args()
     if arguments.lr is None:  # at 2.5e-3 the attention scores of gpt2 and opt run away
-        arguments.lr = 2e-3 if arguments.model == "llama" else 1e-3
+        arguments.lr = 2e-3 if arguments.model in ("llama", MAMBA) else 1e-3
     if arguments.warm_up is None:  # its norms follow the residual stream
         arguments.warm_up = 0.06 if arguments.model == BERT else 0.02
     if arguments.score_penalty is None:  # with learned positions nothing else holds the scores' size back
-        arguments.score_penalty = 0.0 if arguments.model == "llama" else 1e-4
+        arguments.score_penalty = 0.0 if arguments.model in ("llama", MAMBA) else 1e-4
+    if arguments.model == MAMBA and arguments.score_penalty:
+        parser.error("--score-penalty is of attention, which mamba2 has not")
     return arguments
 
 
@@ -188,8 +191,12 @@ class Objective:
 
 
 def next_token(model: torch.nn.Module, books: tuple, device: str) -> Objective:
-    """The objective of llama, gpt2 and opt."""
-    score_sizes = reference.use_plain_attention(model)
+    """The objective of the models that predict the next token."""
+    if model.config.model_type == MAMBA:
+        spiking_mamba_scan.install()
+        score_sizes = []  # no attention, no scores
+    else:
+        score_sizes = reference.use_plain_attention(model)
 
     def logits_of(ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
@@ -198,7 +205,7 @@ def next_token(model: torch.nn.Module, books: tuple, device: str) -> Objective:
     def loss_of(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         score_sizes.clear()
         loss = F.cross_entropy(logits_of(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())
-        return loss, torch.stack(score_sizes).sum()
+        return loss, torch.stack(score_sizes).sum() if score_sizes else torch.zeros((), device=device)
 
     return Objective(lambda ids, _: (ids,), loss_of, lambda: reference.held_out(logits_of, *books, device))
 
@@ -256,6 +263,10 @@ def fit(arguments: argparse.Namespace, model, batches: Batches, objective: Objec
         print(arguments.model, json.dumps(record), flush=True)
 
     model.train()
+    if not arguments.no_compile:  # before the clock starts, which the schedule follows: else it would skip the warm-up
+        with torch.random.fork_rng():
+            compiled(*objective.prepare(batches.at(run.step), run.step))[0].backward()
+        optimizer.zero_grad(set_to_none=True)
     started, saved = time.monotonic() - run.elapsed, time.monotonic()
     first_step, losses, stopped = run.step, [], "schedule"
     while True:
@@ -347,7 +358,7 @@ def finish(arguments, model, tokenizer, stage: dict | None, device: str) -> dict
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(tokenizer),
-        "context": model.config.max_position_embeddings,
+        "context": bert_masked.CONTEXT if name == BERT else reference.CONTEXT[name],
         "protocol": bert_masked.PROTOCOL
         if name == BERT
         else "non-overlapping windows of 512 tokens over the concatenated text; the first token of "

@@ -176,6 +176,17 @@ def test_save_and_load_are_the_same_bits(family, name, tmp_path):
     assert loaded.spikeform_report.rows == model.spikeform_report.rows
 
 
+@pytest.mark.parametrize("family", families.STATE_SPACE)
+def test_a_load_does_not_rescale_the_output_projections(family, tmp_path):
+    """transformers divides them by the root of the layers once more at each load, where the config asks for it."""
+    model = families.build(family)
+    model.config.rescale_prenorm_residual = True
+    spikeform.convert(model, spikeform.SpikingMamba(), families.tokens(rows=8, length=24, seed=5))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
 def test_bfloat16_keeps_thresholds(tmp_path):
     model = spiking_of("mamba2", "everything")
     model.save_pretrained(tmp_path)

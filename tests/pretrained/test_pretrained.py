@@ -16,8 +16,9 @@ from spikeform.pretrained.twin import outlier_twin
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-MOST_PARAMETERS = {"llama": 8_000_000, "gpt2": 3_000_000, "opt": 3_000_000}
-CLASS = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "opt": "OPTForCausalLM"}
+MOST_PARAMETERS = {"llama": 8_000_000, "gpt2": 3_000_000, "opt": 3_000_000, "mamba2": 4_000_000}
+CLASS = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "opt": "OPTForCausalLM", "mamba2": "Mamba2ForCausalLM"}
+WRITERS = [name for name in pretrained.names() if name in CLASS]  # all that write and are in the repository
 
 COMMON = {
     "a",
@@ -51,7 +52,7 @@ assert not any(name.split(".")[0] == "spikeform" for name in sys.modules)
 """
 
 
-@pytest.fixture(scope="module", params=pretrained.CAUSAL)
+@pytest.fixture(scope="module", params=WRITERS)
 def name(request):
     return request.param
 
@@ -77,15 +78,18 @@ def report(name):
 
 
 def test_all_models_are_in_the_repository():
-    assert pretrained.names() == list(pretrained.ALL)
+    trained = [name for name in pretrained.ALL if (RESULTS / f"reference-{name}.json").is_file()]
+    assert pretrained.names() == trained  # weights and their report come together
+    assert {"llama", "gpt2", "opt", "bert", "bert-sst2"} <= set(trained)
+    assert set(CLASS) == {*pretrained.CAUSAL, *pretrained.STATE_SPACE}
 
 
 def test_loads_without_spikeform():
-    folders = [str(pretrained.path(name)) for name in pretrained.CAUSAL]
+    folders = [str(pretrained.path(name)) for name in WRITERS]
     command = [sys.executable, "-c", LOAD_WITHOUT_SPIKEFORM, *folders]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{CLASS[name]} torch.float32" for name in pretrained.CAUSAL]
+    assert done.stdout.splitlines() == [f"{CLASS[name]} torch.float32" for name in WRITERS]
 
 
 def test_limits(folder, name, model, tokenizer, report):
@@ -93,9 +97,19 @@ def test_limits(folder, name, model, tokenizer, report):
     assert parameters <= MOST_PARAMETERS[name]
     assert parameters == report["parameters"]
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 16 * 2**20
-    assert model.config.max_position_embeddings >= 512
-    assert model.config.hidden_size // model.config.num_attention_heads >= 32
+    assert report["context"] >= 512
+    if name in pretrained.CAUSAL:
+        assert model.config.max_position_embeddings == report["context"]
+        assert model.config.hidden_size // model.config.num_attention_heads >= 32
+    else:  # no limit of its own, and its tokenizer names none
+        assert not hasattr(model.config, "max_position_embeddings")
+        assert tokenizer.model_max_length > 10**6
     assert len(tokenizer) == model.config.vocab_size == report["vocabulary"]
+
+
+def test_models_of_one_vocabulary_share_their_tokenizer():
+    files = {(pretrained.path(name) / "tokenizer.json").read_bytes() for name in WRITERS if name != "llama"}
+    assert len(files) == 1
 
 
 def test_llama_is_what_it_is_for():
@@ -180,6 +194,12 @@ def test_resolve(tmp_path, monkeypatch):
     assert pretrained.resolve("facebook/opt-125m") == "facebook/opt-125m"
     assert pretrained.resolve("gpt2") == "gpt2"  # OpenAI's, on the Hub
     assert pretrained.resolve("bert") == "bert"
+    for model in pretrained.STATE_SPACE:  # no other model is called so; named where it is absent, it is an error
+        if model in pretrained.names():
+            assert pretrained.resolve(model) == str(pretrained.path(model))
+        else:
+            with pytest.raises(ValueError, match=f"'{model}' is not part of this installation"):
+                pretrained.resolve(model)
     assert pretrained.resolve("pretrained:gpt2") == str(pretrained.path("gpt2"))
     (tmp_path / "llama").mkdir()
     assert pretrained.resolve("llama") == "llama"  # a folder of that name comes first

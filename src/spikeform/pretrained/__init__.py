@@ -3,16 +3,17 @@
 `CARD.md` beside this file says what they were trained on, how, and what they reach. Each folder is a plain
 Hugging Face folder: `AutoModelForCausalLM.from_pretrained(spikeform.pretrained.path("llama"))`. "bert" predicts
 masked words (`AutoModelForMaskedLM`), and "bert-sst2" whether a sentence of a film review is negative or positive
-(`AutoModelForSequenceClassification`); the others write text.
+(`AutoModelForSequenceClassification`); the others write text, "mamba2" without attention.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-CAUSAL = ("llama", "gpt2", "opt")
-ALL = (*CAUSAL, "bert", "bert-sst2")
-BARE = ("llama", "opt")  # what these names mean without the prefix, too
+CAUSAL = ("llama", "gpt2", "opt")  # transformers that write
+STATE_SPACE = ("mamba2",)
+ALL = (*CAUSAL, *STATE_SPACE, "bert", "bert-sst2")
+BARE = ("llama", "opt", "mamba2")  # what these names mean without the prefix, too
 PREFIX = "pretrained:"
 _HERE = Path(__file__).parent
 

@@ -36,6 +36,9 @@ def prepare(model: PreTrainedModel, config: SpikingMamba) -> ConversionReport:
         builder.visit(name, module, kind)
     for _, mixer in found:
         call_projections(mixer)
+    # A wish for how fresh weights are drawn; transformers carries it out on loaded ones too, at each load.
+    if getattr(model.config, "rescale_prenorm_residual", False):
+        model.config.rescale_prenorm_residual = False
     return builder.report
 
 
