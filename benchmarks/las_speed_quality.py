@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spikeform
 from spikeform import pretrained
-from spikeform.evaluation import data_root, fidelity, load_text, tokenize
 from spikeform.conversion.weights import finish
+from spikeform.evaluation import data_root, fidelity, load_text, tokenize
 
 WINDOW, CALIBRATION_WINDOWS = 512, 16
 STEPS = {torch.float32: (7, 8, 12, 15, 16), torch.bfloat16: (8, 16)}

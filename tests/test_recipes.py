@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from spikeform.cli.recipe import read_config
-from spikeform.conversion.kinds import ATTENTION
+from spikeform.conversion.kinds import ATTENTION, MIXERS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -19,6 +19,11 @@ def test_spikellm_has_one_for_every_pre_norm_family():
     # BERT's norms stand in the residual stream itself.
     families = {path.parent.name for path in RECIPES.glob("*/las.yaml")} - {"bert"}
     assert {path.parent.name for path in RECIPES.glob("*/spikellm.yaml")} == families
+
+
+def test_spiking_mamba_has_one_for_every_state_space_family():
+    families = {name.split(".")[2] for name in MIXERS}
+    assert {path.parent.name for path in RECIPES.glob("*/spiking_mamba.yaml")} == families
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spikeform.conversion import ConversionReport as ConversionReport
     from spikeform.conversion import convert as convert
     from spikeform.conversion import set_steps as set_steps
+    from spikeform.conversion import set_weight_bits as set_weight_bits
     from spikeform.conversion import tune as tune
     from spikeform.energy import energy as energy
     from spikeform.evaluation import fidelity as fidelity
@@ -62,6 +63,7 @@ _HOMES = {
     "raster": "spikeform.report",
     "save": "spikeform.checkpoint",
     "set_steps": "spikeform.conversion",
+    "set_weight_bits": "spikeform.conversion",
     "train": "spikeform.training",
     "tune": "spikeform.conversion",
     "verify": "spikeform.checkpoint",

@@ -68,6 +68,33 @@ def test_recipe(run, dense, text, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def mamba(tokenizer, tmp_path):
+    """Folder of a tiny Mamba-2 with its tokenizer."""
+    import families
+
+    model = families.build("mamba2")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    return tmp_path / "mamba"
+
+
+def test_distils_what_it_converts_then_goes_on(run, mamba, text, tmp_path):
+    taught = [*QUICK, "--train", "distil=1", "--train", "hidden=1", "--train", "ce=0", "--train", 'freeze=["*embed*"]']
+    args = ["--text", text, *taught]
+    result = run("train", mamba, tmp_path / "a", "--method", "spiking_mamba", "--set", "steps=2", *args, "--json")
+    assert result.code == 0, result.err
+    assert (result.json["method"], result.json["config"]["steps"]) == ("spiking_mamba", 2)
+    assert result.json["record"]["neurons"] == 4
+    assert result.json["record"]["options"]["freeze"] == ["*embed*"]
+    refused(run("train", tmp_path / "a", tmp_path / "b", *args), "distil needs the dense model: give --teacher MODEL")
+    refused(run("train", tmp_path / "a", tmp_path / "b", *args, "--method", "fas"), "spiking_mamba, not with fas")
+    result = run("train", tmp_path / "a", tmp_path / "b", "--teacher", mamba, *args)
+    assert result.code == 0, result.err
+    assert len(spikeform.load(tmp_path / "b").spikeform_report.history) == 2
+
+
 def test_classifier_on_a_language_model(run, dense, tmp_path):
     file = tmp_path / "train.tsv"
     file.write_text("sentence\tlabel\n" + "good\t1\nbad\t0\n" * 20)
@@ -88,7 +115,10 @@ def test_classifier_on_a_language_model(run, dense, tmp_path):
         (["--train", "steps=2", "--train", "epochs=1"], "steps or epochs, not both"),
         (["--task", "sing"], "task must be one of"),
         (["--task", "masked"], "which has no head for the task masked"),
-        (["--method", "las"], "unknown method 'las' for training; known: fas, dense"),
+        (["--method", "las"], "a model converted with las cannot be trained"),
+        (["--method", "sing"], "unknown method 'sing'; known: las, fas,"),
+        (["--method", "spiking_mamba", "--set", "weight_bits=8"], "int8 weights cannot be trained: convert the dense"),
+        (["--train", "freeze=embed"], "freeze must be a list of parameter name patterns"),
         (["--method", "dense", "--set", "levels=4"], "with --method dense use --train"),
         (["--set", "stepps=4"], "unknown FAS option stepps"),
         (["--text", "nowhere.txt"], "there is no text file nowhere.txt"),
@@ -104,7 +134,7 @@ def test_bad_options_are_one_clear_line(run, dense, text, tmp_path, options, mes
 
 def test_a_model_of_another_method(run, spiking, text, tmp_path):
     args = ["train", spiking, tmp_path / "out", "--text", text]
-    refused(run(*args, "--method", "dense"), "a converted model is trained with its own method")
+    refused(run(*args, "--method", "dense"), "a converted model is trained with its own method, las, not with dense")
     refused(run(*args, *QUICK), "a model converted with las cannot be trained")
 
 

@@ -124,6 +124,37 @@ def test_models_without_a_mixer_are_refused():
         converted(skip=("*proj",))
 
 
+@pytest.mark.parametrize("options", [{}, {"per_channel": True}], ids=str)
+def test_int8_weights_may_come_later(options):
+    at_once, later = converted(weight_bits=8, **options), converted(**options)
+    assert spikeform.set_weight_bits(later) is later
+    with torch.no_grad():
+        assert torch.equal(later(IDS).logits, at_once(IDS).logits)
+    assert later.config.quantization_config == at_once.config.quantization_config
+    assert later.spikeform_report.rows[3].replaced_by == at_once.spikeform_report.rows[3].replaced_by
+    with pytest.raises(ConversionError, match="integers already"):
+        spikeform.set_weight_bits(later)
+    with pytest.raises(ConfigError, match="weight_bits=16"):
+        spikeform.set_weight_bits(converted(conv=True))
+    with pytest.raises(ConversionError, match="no such option"):
+        spikeform.set_weight_bits(families.build("llama"))
+
+
+def test_a_threshold_learns_where_all_else_is_frozen():
+    """The fused operator has no gradient: it must not run where only a threshold wants one."""
+    model = converted()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("threshold"))
+    model(IDS).logits.square().mean().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    with spikeform.executor("collapsed"):
+        model(IDS).logits.square().mean().backward()
+    wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert len(wanted) == 4
+    assert all(torch.allclose(found[n], wanted[n], rtol=1e-3) for n in wanted)
+
+
 def test_what_is_skipped_stays():
     model = converted(skip=("*.layers.0.*",))
     assert type(model.backbone.layers[0].mixer.in_proj) is torch.nn.Linear

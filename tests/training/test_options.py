@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 
@@ -7,7 +8,8 @@ from spikeform.training import TrainOptions
 
 
 def test_round_trip():
-    options = TrainOptions(task="masked", steps=7, learning_rate=1e-3, bf16=True)
+    options = TrainOptions(task="masked", steps=7, learning_rate=1e-3, bf16=True, freeze=["*embed*"])
+    assert json.loads(json.dumps(options.to_dict())) == options.to_dict()
     assert TrainOptions.from_dict(options.to_dict()) == options
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.steps = 8
@@ -39,6 +41,18 @@ def test_numbers_that_yaml_takes_for_text():
         ({"streams": -1}, "streams must be a whole number"),
         ({"stream_share": 1.0}, "stream_share is above 0 and below 1"),
         ({"streams": 4, "batch_size": 1}, "batch_size of at least 2"),
+        ({"ce": 0}, "nothing is minimised: give ce, distil or hidden a weight above 0"),
+        ({"temperature": 0}, "temperature must be a number above 0"),
+        ({"hidden": -1}, "hidden must be a number of at least 0"),
+        ({"clip": -1}, "clip must be a number of at least 0"),
+        ({"reverse": 1.5}, "reverse is a share, at most 1"),
+        ({"thresholds_first": 2}, "thresholds_first is a share"),
+        ({"freeze": "*embed*"}, "freeze must be a list of parameter name patterns"),
+        ({"compensation": "soft"}, "compensation must be one of none, grad, mix, add"),
+        ({"compensation_smooth": "relu"}, "compensation_smooth must be one of tanh, clip, identity"),
+        ({"compensation": "mix", "compensation_weight": 1.5}, "compensation_weight is at most 1 with mix"),
+        ({"compensation_share": 0}, "compensation_share must be a number above 0"),
+        ({"compensation_rank": -1}, "compensation_rank must be a whole number of at least 0"),
         ({"version": 0}, "version must be a whole number"),
     ],
 )

@@ -23,6 +23,13 @@ def test_recipe(path):
     assert TrainOptions.from_dict(read_section("train", path)).learning_rate == 9e-5
 
 
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/spiking_mamba.yaml")), ids=lambda path: path.parent.name)
+def test_distillation(path):
+    assert read_config(recipe=path).quant_method == "spikeform_spiking_mamba"
+    options = TrainOptions.from_dict(read_section("train", path))
+    assert (options.ce, options.distil, options.hidden, options.freeze) == (0, 1, 1, ("*embed*",))
+
+
 def test_sections(tmp_path):
     recipe = tmp_path / "fas.yaml"
     recipe.write_text("method: fas\ntrain: 3\n")

@@ -1,4 +1,4 @@
-"""``spikeform train``: fine-tune a quantised model (stage 1 of FAS), or a dense one by the same rules."""
+"""``spikeform train``: fine-tune or distil a converted model, or train a dense one by the same rules."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ THRESHOLD_TOKENS, SENTENCES = 16384, 512  # that thresholds are found on
 
 def run(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="Dense model (hub id, folder, embedded name), or a FAS checkpoint.")],
+    model: Annotated[str, typer.Argument(help="Dense model (hub id, folder, embedded name), or a checkpoint of ours.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; an older checkpoint of ours is replaced.")],
     text: Annotated[
         list[Path],
         typer.Option(metavar="FILE", help="Text to train on (.txt .json .jsonl .tsv, .xz .gz); may be repeated."),
     ],
     valid: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Held-out text; may be repeated.")] = None,
-    method: Annotated[str | None, typer.Option(help="fas, or dense: the same training without spikes.")] = None,
+    method: Annotated[str | None, typer.Option(help="fas, spiking_mamba, or dense: without spikes.")] = None,
     task: Annotated[str | None, typer.Option(help="causal, masked or classify; the model's own unless given.")] = None,
     config: Annotated[
         Path | None, typer.Option("--config", "--recipe", metavar="RECIPE", help="YAML file; training under train:.")
@@ -38,7 +38,8 @@ def run(
         typer.Option(metavar="KEY=VALUE", help="Set a training option, such as steps=2000. Repeatable."),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Dense model to distil from (distil=W); MODEL if that is dense.")
+        str | None,
+        typer.Option(metavar="MODEL", help="Dense model to learn from (distil, hidden); MODEL if that is dense."),
     ] = None,
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for the state; OUT.work unless given.")
@@ -49,10 +50,11 @@ def run(
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a model: the quantised network that FAS makes spiking, or the dense one as its control.
+    """Train a model of a method that learns (FAS, SpikingMamba), or the dense one as its control.
 
-    A dense MODEL is converted first, with thresholds found on the training text. Ctrl-C or SIGTERM saves the state;
-    the same command with --resume goes on. Several GPUs: torchrun --nproc-per-node N $(which spikeform) train ...
+    A dense MODEL is converted first, with thresholds found on the training text; a checkpoint goes on. Ctrl-C or
+    SIGTERM saves the state; the same command with --resume goes on. Several GPUs:
+    torchrun --nproc-per-node N $(which spikeform) train ...
     """
     from spikeform.checkpoint import is_converted
 
@@ -61,9 +63,9 @@ def run(
         # All that can be refused is refused before anything heavy begins.
         converted = Path(model).exists() and is_converted(model)
         source = str(Path(model).resolve()) if converted else dense_source(model)
-        named = read_method(method, config, DEFAULT)
+        chosen = _chosen(method, config, set_ or (), source, converted)
+        named = DENSE if chosen is None else chosen.quant_method.removeprefix("spikeform_")
         options = _options(task, config, train or (), source)
-        chosen = _chosen(named, config, set_ or (), source, converted)
         _refuse(out, source, named, [*text, *(valid or ())], work, resume)
         plan = {"model": model, "out": str(out), "method": named, "config": chosen and chosen.to_dict()}
         plan |= {"train": options.to_dict(), "text": [str(f) for f in text], "valid": [str(f) for f in valid or ()]}
@@ -125,27 +127,45 @@ def _task_of(source: str) -> str:
     return next((task for suffix, task in heads.items() if architecture.endswith(suffix)), "causal")
 
 
-def _chosen(named: str, recipe: Path | None, settings: Any, source: str, converted: bool) -> Any:
+def _chosen(method: str | None, recipe: Path | None, settings: Any, source: str, converted: bool) -> Any:
     """The method's config in its trainable state: None for dense, the checkpoint's own for a converted model."""
-    import dataclasses
-
+    named = read_method(method, recipe, DEFAULT)
+    if converted:
+        return _of_checkpoint(method, recipe, settings, source)
     if named == DENSE:
-        if converted:
-            raise ConfigError("a converted model is trained with its own method: leave --method out, or give its dense")
         if settings:
             raise ConfigError("--set has options of a spiking method: with --method dense use --train")
         return None
-    if named != DEFAULT:
-        raise ConfigError(f"unknown method {named!r} for training; known: {DEFAULT}, {DENSE}")
-    if converted:
-        if settings:
-            raise ConfigError("--set changes a conversion, and the model is converted already: leave it out")
-        import spikeform.methods  # noqa: F401 - registers the methods
-        from spikeform.checkpoint.paths import read_json
-        from spikeform.conversion import config_from_dict
+    import dataclasses
 
-        return config_from_dict(read_json(Path(source) / "config.json")["quantization_config"])
-    return dataclasses.replace(read_config(named, recipe, None, settings), steps=0)
+    import spikeform.methods  # noqa: F401 - registers the methods
+    from spikeform.conversion import method_of
+    from spikeform.training.train import check_trainable
+
+    chosen = read_config(named, recipe, None, settings)
+    check_trainable(chosen)
+    return dataclasses.replace(chosen, steps=0) if method_of(chosen).streams else chosen
+
+
+def _of_checkpoint(method: str | None, recipe: Path | None, settings: Any, source: str) -> Any:
+    """The config that a converted model was saved with."""
+    import spikeform.methods  # noqa: F401 - registers the methods
+    from spikeform.checkpoint.paths import read_json
+    from spikeform.conversion import config_from_dict
+    from spikeform.training.train import check_trainable
+
+    chosen = config_from_dict(read_json(Path(source) / "config.json")["quantization_config"])
+    own = chosen.quant_method.removeprefix("spikeform_")
+    asked = read_method(method, recipe, own)
+    if asked != own:
+        raise ConfigError(
+            f"a converted model is trained with its own method, {own}, not with {asked}: leave --method out, or give "
+            "its dense model"
+        )
+    if settings:
+        raise ConfigError("--set changes a conversion, and the model is converted already: leave it out")
+    check_trainable(chosen)
+    return chosen
 
 
 def _refuse(out: Path, source: str, named: str, files: list[Path], work: Path | None, resume: bool) -> None:
@@ -177,9 +197,9 @@ def _load(
     network = load_spiking(source) if converted else load_dense(source, revision)
     network = _with_head(network, options, text, tokenizer)
     dense = None
-    if options.distil:
+    if options.taught:
         if converted and teacher is None:
-            raise ConfigError("distil needs the dense model: give --teacher MODEL")
+            raise ConfigError(f"{options.taught} needs the dense model: give --teacher MODEL")
         dense = load_dense(teacher or source, None if teacher else revision)
     return network.to(device), tokenizer, dense
 

@@ -1,6 +1,6 @@
 """Conversion: the walk over a model, calibration, the report, and the Hugging Face quantizer."""
 
-from spikeform.conversion.convert import convert, is_converted, set_steps
+from spikeform.conversion.convert import convert, is_converted, set_steps, set_weight_bits
 from spikeform.conversion.quantizer import register
 from spikeform.conversion.registry import Method, config_from_dict, method_of
 from spikeform.conversion.report import ConversionReport, Row
@@ -17,5 +17,6 @@ __all__ = [
     "method_of",
     "register",
     "set_steps",
+    "set_weight_bits",
     "tune",
 ]

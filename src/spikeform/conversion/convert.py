@@ -13,6 +13,7 @@ from spikeform.conversion.calibrate import Progress
 from spikeform.conversion.quantizer import attach
 from spikeform.conversion.registry import method_of
 from spikeform.conversion.transform import transform
+from spikeform.conversion.weights import finish
 from spikeform.errors import ConversionError
 from spikeform.layers.streaming import clock_of
 
@@ -81,6 +82,34 @@ def set_steps(model: PreTrainedModel, steps: int) -> PreTrainedModel:
     report: Any = model.spikeform_report
     attach(model, replace(model.config.quantization_config, steps=steps), report)
     clock.steps = steps
+    return model
+
+
+def set_weight_bits(model: PreTrainedModel, bits: int = 8) -> PreTrainedModel:
+    """Give a converted model int8 weights, one scale an output row, in place: after it was trained, say.
+
+    What the option ``weight_bits=8`` does at the end of a conversion. There is no way back.
+
+    Args:
+        model: Converted by a method with that option, its weights real.
+        bits: 8.
+
+    Returns:
+        ``model``; its config says the new bits.
+
+    Raises:
+        ConversionError: The method has no such option, the weights are integers already, or one is not finite.
+        ConfigError: ``bits`` is not known, or another option of the model excludes it.
+    """
+    config: Any = getattr(model.config, "quantization_config", None)
+    knows = is_converted(model) and method_of(config).finish is finish
+    if not knows or config.weight_bits != 16:
+        said = "its weights are integers already" if knows else "it has no such option"
+        raise ConversionError(f"{type(model).__name__}: {said}; set_weight_bits takes a model with weight_bits=16")
+    config = replace(config, weight_bits=bits)
+    report: Any = model.spikeform_report
+    finish(model, config, report)
+    attach(model, config, report)
     return model
 
 

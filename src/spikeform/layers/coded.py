@@ -125,7 +125,13 @@ class CodedLinear(SpikingLinear):
         own, neuron = self._buffers, entry(self, self._modules, "neuron")
         form = neuron.closed_form() if isinstance(neuron, MT | GIF | SignedInteger) else None
         weight, bias = entry(self, own, "weight"), entry(self, self._parameters, "bias")
-        if form is None or weight.dtype != torch.int8 or entry(self, own, "tier") is not None or not fusible(x, bias):
+        learned = entry(neuron, neuron._parameters, "threshold") if isinstance(neuron, SignedInteger) else None
+        if (
+            form is None
+            or weight.dtype != torch.int8
+            or entry(self, own, "tier") is not None
+            or not fusible(x, bias, learned)
+        ):
             return None
         scale, zero = self._only_tier(entry(self, own, "scale"), entry(self, own, "zero"))
         if isinstance(form, OatForm):

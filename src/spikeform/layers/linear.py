@@ -99,7 +99,8 @@ class SpikingLinear(nn.Linear):
             return None
         weight, bias = entry(self, own, "weight"), entry(self, own, "bias")
         form = neuron.closed_form()
-        if form is None or x.dtype != weight.dtype or not fusible(x, weight, bias):
+        learned = entry(neuron, neuron._parameters, "threshold") if isinstance(neuron, SignedInteger) else None
+        if form is None or x.dtype != weight.dtype or not fusible(x, weight, bias, learned):
             return None
         if isinstance(neuron, SignedInteger):
             return self._fused_integers(x, neuron, form, weight, bias)

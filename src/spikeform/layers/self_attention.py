@@ -27,7 +27,7 @@ from spikeform.errors import SpikeformError
 from spikeform.layers.cache import CacheView
 from spikeform.layers.state_cache import StateLayer
 from spikeform.neurons.lif import LIF
-from spikeform.spikes import SpikeTrain, Thermometer
+from spikeform.spikes import SpikeTrain
 from spikeform.spikes.trace import Product, observer
 
 CHUNK = 256  # positions that meet one another directly
@@ -114,7 +114,7 @@ class SpikingSelfAttention(nn.Module):
         q_ = q_.view(self.steps, batch, self.groups, self.heads // self.groups, length, size)
         before = None if state is None else state.keys
         counts, after = causal_counts(q_, k_, v_, before, self.chunk)
-        self._tell(queries, keys, values, before is not None)
+        self._tell(queries, keys, values, seen_BL, state)
         counts = counts.view(self.steps, batch, self.heads, length, size)
         if self.normalise:
             number = _number(seen_BL, batch, length, None if state is None else state.number, counts)
@@ -123,27 +123,25 @@ class SpikingSelfAttention(nn.Module):
             state.keep(after, length, seen_BL)
         return self.output(counts, varying=True).codes.to(dtype).mean(0)
 
-    def _tell(self, queries: SpikeTrain, keys: SpikeTrain, values: SpikeTrain, recurrent: bool) -> None:
-        """Report the two products. In the recurrence a key's spike adds a row of values to S, a query's reads one."""
+    def _tell(
+        self,
+        queries: SpikeTrain,
+        keys: SpikeTrain,
+        values: SpikeTrain,
+        seen_BL: Tensor | None,
+        state: StateLayer | None,
+    ) -> None:
+        """Report both products as one: from an empty context as they are defined, with a cache as the recurrence."""
         listener = observer()
         if listener is None:
             return
-        steps, batch, heads, length, size = queries.codes.shape
-        if recurrent:
-            macs = steps * batch * length * size * size
-            listener(Product(f"{self.site}.state", "hadamard", (keys, values), (size, size), macs * self.groups))
-            listener(Product(f"{self.site}.context", "linear", (queries,), (size,), macs * heads))
-            return
-        repeat = heads // self.groups
-        keys, values = (train.map(lambda x: x.repeat_interleave(repeat, 2)) for train in (keys, values))
-        causal = torch.ones(length, length, dtype=torch.bool, device=queries.codes.device).tril()
-        macs = steps * batch * heads * length * length * size
-        fan = (length, length)
-        told = (queries, keys), fan, macs
-        listener(Product(f"{self.site}.scores", "matmul", *told, mask=causal, transposed=True))
-        scores = (queries.codes.to(torch.int16) @ keys.codes.to(torch.int16).transpose(-1, -2)).tril()
-        train = SpikeTrain(scores, queries.quantum, Thermometer(1))
-        listener(Product(f"{self.site}.context", "matmul", (train, values), (size, length), macs, connected=causal))
+        _, batch, heads, length, size = queries.codes.shape
+        seen = torch.ones(batch, length, dtype=torch.bool) if seen_BL is None else seen_BL
+        pairs = int(seen.long().cumsum(-1).sum())
+        if state is not None and state.number is not None:
+            pairs += length * int(state.number.sum())
+        kind, fan = ("attention", length) if state is None or state.keys is None else ("recurrence", size)
+        listener(Product(self.site, kind, (queries, keys, values), (fan,) * 3, 2 * pairs * heads * size))
 
     def view(self, cache: Any) -> CacheView:
         """The cache as this layer sees it: it is handed what is new, and keeps S."""

@@ -1,4 +1,4 @@
-"""One call trains a model: a quantised one (stage 1 of FAS), or a dense one by the same rules."""
+"""One call trains a model: a converted one of a method that learns, or a dense one by the same rules."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from spikeform.conversion import record
+from spikeform.conversion import method_of, record
 from spikeform.errors import ConversionError
-from spikeform.layers.streaming import neurons_of
+from spikeform.layers import CodedLinear
+from spikeform.neurons import SignedInteger
+from spikeform.neurons.signed_integer import Compensation
 from spikeform.training import saving
 from spikeform.training.data import Data, read
 from spikeform.training.devices import processes
 from spikeform.training.errors import Interrupted, TrainingError
 from spikeform.training.examples import Stream
-from spikeform.training.neurons import trained_as_qcfs
+from spikeform.training.neurons import learning_neurons, trainable
 from spikeform.training.options import UNCHANGING, TrainOptions
 from spikeform.training.signals import StopSignals
 from spikeform.training.state import check_work, open_work, seconds_of, weights_mark
 
+INTEGER_WEIGHTS = (
+    "int8 weights cannot be trained: convert the dense model with weight_bits=16, train, and then set weight_bits=8"
+)
 Source = str | Path | Sequence[str | Path] | Tensor
 
 
@@ -48,21 +53,23 @@ def train(
 
     A model converted with :class:`spikeform.FAS` is trained as its QCFS network, whatever its steps: each neuron
     answers ``theta / L floor(L clip(x / theta, 0, 1) + 1/2)``, straight through in the backward pass, and weights
-    and thresholds learn (stage 1 of arXiv 2502.04405). A dense model is trained by the same rules without spikes.
+    and thresholds learn (stage 1 of arXiv 2502.04405). One converted with :class:`spikeform.SpikingMamba` is trained as
+    it is, its signed integers with a rectangular gradient, towards the dense model that it came from
+    (:class:`TrainOptions`: ``distil``, ``hidden``). A dense model is trained by the same rules without spikes.
 
     SIGTERM or Ctrl-C saves the state and raises :class:`Interrupted`; the same call with ``resume=True`` then ends
     with the weights that an undisturbed run would have had (bit for bit on a CPU). Several devices:
     start the program with ``torchrun`` or ``accelerate launch``, one process a device.
 
     Args:
-        model: A dense transformers model, or one converted with FAS.
+        model: A dense transformers model, or one converted by a method whose neurons let gradients pass.
         data: Text files (a path or a list of them), texts (a list of strings), or token ids ``[N]``. For ``classify``
             files of labelled sentences, as of :func:`spikeform.evaluation.load_labelled`.
         tokenizer: Needed for anything but ids.
         options: How; see :class:`TrainOptions`.
         out: Folder to write at the end, whole or not at all; None: nothing is written.
         valid: Held-out data, of the same kinds. Without it there is no held-out loss.
-        teacher: The dense model, for ``options.distil``.
+        teacher: The dense model, for ``options.distil`` and ``options.hidden``.
         work: Folder for the state and the tokenised text; None: ``OUT.work``, or without ``out`` a temporary one.
         resume: Go on from the newest whole state in ``work``, or begin where there is none.
         keep_work: Do not delete the work folder at the end.
@@ -91,8 +98,8 @@ def train(
             text = read(data, options, tokenizer, model, folder)
             held = None if valid is None else read(valid, options, tokenizer, model, folder)
         checkpointing = _checkpointing(model, options.gradient_checkpointing)
-        with StopSignals() as stop, trained_as_qcfs(model), checkpointing, _without_cudnn_attention():
-            done = _run(model, options, text, held, teacher, folder, stop, progress or (lambda point: None))
+        with StopSignals() as stop, trainable(model, options) as path, checkpointing, _without_cudnn_attention():
+            done = _run(model, options, text, held, teacher, folder, stop, progress or (lambda point: None), path)
         record.keep(model, done)
         model.eval()
         if target is not None:
@@ -112,13 +119,13 @@ def _run(
     folder: Path,
     stop: StopSignals,
     notify: Callable[[dict[str, Any]], None],
+    path: Compensation | None,
 ) -> dict[str, Any]:
     from spikeform.training.trainer import Trainer, points_of
 
     me = processes()
     devices = me.num_processes
     steps = options.total_steps(text.examples.count, devices)
-    nn.Module.float(model)  # transformers forbids it to models that it takes for quantised
     plain = {name: value for name, value in options.to_dict().items() if name not in UNCHANGING}
     run = {"options": plain, "data": text.source, "weights": weights_mark(model), "devices": devices}
     with me.main_process_first():
@@ -135,6 +142,7 @@ def _run(
         stop,
         seconds_of(start),
         notify if me.is_main_process else lambda point: None,
+        path,
     )
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     done = trainer.state.global_step
@@ -148,24 +156,43 @@ def _run(
         steps,
         trainer.seconds,
         {k: v for k, v in curve[-1].items() if k not in ("step", "seconds", "learning_rate")},
-        neurons=len(neurons_of(model)),
+        neurons=len(learning_neurons(model)),
         devices=devices,
         curve=curve,
     )
 
 
+def check_trainable(config: Any) -> None:
+    """Whether models of a method's configuration can be trained.
+
+    Raises:
+        TrainingError: No gradient passes their neurons, or their weights are integers.
+    """
+    method = method_of(config)
+    if not method.trainable:
+        raise TrainingError(
+            f"a model converted with {method.name} cannot be trained: train the dense model, then convert"
+        )
+    if getattr(config, "weight_bits", 16) == 8:
+        raise TrainingError(INTEGER_WEIGHTS)
+
+
 def _check(model: Any, options: TrainOptions, tokenizer: Any, teacher: Any, data: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ConversionError(f"train takes a transformers model, got {type(model).__name__}")
-    if hasattr(model, "spikeform_report") and not neurons_of(model):
-        report: Any = model.spikeform_report
-        raise TrainingError(
-            f"a model converted with {report.method} cannot be trained: train the dense model, then convert"
-        )
-    if options.distil and teacher is None:
-        raise TrainingError("distil needs a teacher: give the dense model, or distil 0")
-    if options.streams and not neurons_of(model):
-        raise TrainingError("streams are for a model converted with FAS: a dense model has no time; set streams to 0")
+    streams = False
+    if hasattr(model, "spikeform_report"):
+        config: Any = model.config.quantization_config
+        check_trainable(config)
+        if any(isinstance(module, CodedLinear) for module in model.modules()):
+            raise TrainingError(INTEGER_WEIGHTS)
+        streams = method_of(config).streams
+    if options.taught and teacher is None:
+        raise TrainingError(f"{options.taught} needs a teacher: give the dense model, or {options.taught} 0")
+    if options.streams and not streams:
+        raise TrainingError("streams are for a model converted with FAS: no other has time; set streams to 0")
+    if options.compensation != "none" and not any(isinstance(module, SignedInteger) for module in model.modules()):
+        raise TrainingError("compensation is for signed-integer neurons (SpikingMamba): set compensation to none")
     if teacher is model:
         raise TrainingError("the teacher is the model itself: load the dense model again, or copy it before")
     if tokenizer is None and not (isinstance(data, Tensor) and options.task == "causal"):

@@ -21,15 +21,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 
 from spikeform.layers.streaming import running
+from spikeform.neurons.signed_integer import Compensation
 from spikeform.training import losses
+from spikeform.training.compensation import weight_at
 from spikeform.training.errors import TrainingError
 from spikeform.training.examples import Examples, Stream, held_out_batches
-from spikeform.training.neurons import thresholds
+from spikeform.training.neurons import norm_parameters, thresholds
 from spikeform.training.options import TrainOptions
 from spikeform.training.signals import StopSignals
 from spikeform.training.state import KEPT, mark_complete
 
 LEAST_THRESHOLD = 1e-4
+UNDECAYED = ("A_log", "D", "dt_bias")  # of state-space layers: rates and skips, whatever their shape
 LINES, MEASURES = 50, 10  # points of the curve, those with held-out text
 POLL = 10  # with several devices, steps between two looks at whether any was asked to stop
 WEIGHTS = "model.safetensors"
@@ -45,11 +48,12 @@ class Trainer(transformers.Trainer):
         steps: Optimiser steps of the whole run.
         stream: All its sequences.
         held_out: What to measure on, or None.
-        teacher: The dense model, for ``distil``.
+        teacher: The dense model, for ``distil`` and ``hidden``.
         work: Folder for states.
         stop: Polled at each step and each batch of a measurement.
         seconds: That the run took before it was resumed.
         notify: Called with each point of the curve.
+        path: The continuous path beside the spikes, whose weight moves with the steps; None: there is none.
     """
 
     def __init__(
@@ -64,8 +68,9 @@ class Trainer(transformers.Trainer):
         stop: StopSignals,
         seconds: float,
         notify: Callable[[Point], None],
+        path: Compensation | None = None,
     ) -> None:
-        self.options, self.steps, self.held_out, self.teacher = options, steps, held_out, teacher
+        self.options, self.steps, self.held_out, self.path = options, steps, held_out, path
         self.stop, self.notify, self._stream, self._model = stop, notify, stream, model
         self._started = time.monotonic() - seconds
         self._compiled: Any = None
@@ -89,6 +94,7 @@ class Trainer(transformers.Trainer):
         self.lines = min(self.every, math.ceil(steps / LINES))
         if teacher is not None:
             teacher.to(self.args.device).eval().requires_grad_(False)
+        self.minimised = losses.Objective(options, self._extra, model, teacher)
 
     @property
     def seconds(self) -> float:
@@ -114,7 +120,7 @@ class Trainer(transformers.Trainer):
     def compute_loss(  # type: ignore[override]  # what the trainer adds from version to version
         self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
     ) -> Any:
-        """The mean over the batch's rows; see :func:`spikeform.training.losses.loss_of`."""
+        """The mean over the batch's rows; see :class:`spikeform.training.losses.Objective`."""
         options = self.options
         if options.compile:
             if self._compiled is None:
@@ -125,10 +131,10 @@ class Trainer(transformers.Trainer):
         share = 1 - cut / rows
         still, moving = ({name: x[part] for name, x in inputs.items()} for part in (slice(cut), slice(cut, None)))
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=options.bf16):
-            loss = losses.loss_of(model, still, self._extra, self.teacher, options.distil) * (1 - share)
+            loss = self.minimised(model, still) * (1 - share)
             if share:
                 with running(self._model, options.streams):
-                    loss = loss + losses.loss_of(model, moving, self._extra, self.teacher, options.distil) * share
+                    loss = loss + self.minimised(model, moving) * share
         return (loss, None) if return_outputs else loss
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -200,6 +206,12 @@ class _Steering(transformers.TrainerCallback):
         if self.trainer.measures_at(state.global_step) and not done:
             self.trainer.evaluate()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The weight of the continuous path follows from the step alone, so that a resumed run goes on with it."""
+        trainer = self.trainer
+        if trainer.path is not None:
+            trainer.path.weight = weight_at(trainer.options, state.global_step, trainer.steps)
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A threshold must stay positive."""
         if self.thresholds:
@@ -234,7 +246,7 @@ def _arguments(options: TrainOptions, steps: int, work: Path) -> transformers.Tr
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulate,
-        max_grad_norm=1.0,
+        max_grad_norm=options.clip,
         seed=options.seed,
         use_cpu=not torch.accelerator.is_available(),
         eval_strategy="no",  # _Steering decides
@@ -248,6 +260,8 @@ def _arguments(options: TrainOptions, steps: int, work: Path) -> transformers.Tr
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         average_tokens_across_devices=False,
+        # P has no gradient any more once lambda is 0.
+        ddp_find_unused_parameters=True if options.compensation == "add" else None,
     )
     _ = args.device  # finds the devices
     args._n_gpu = min(args.n_gpu, 1)  # one process, one device: no DataParallel
@@ -255,20 +269,37 @@ def _arguments(options: TrainOptions, steps: int, work: Path) -> transformers.Tr
 
 
 def _optimizer(model: nn.Module, options: TrainOptions, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    own = {id(t) for t in thresholds(model)}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": options.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-        {"params": thresholds(model), "weight_decay": 0.0, "lr": options.threshold_learning_rate},
+    own, norms = ({id(p) for p in some} for some in (thresholds(model), norm_parameters(model)))
+    rest = [
+        (name.rpartition(".")[2], p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in own
     ]
+    decayed = {id(p) for name, p in rest if p.ndim > 1 and name not in UNDECAYED}
+    first = math.ceil(options.thresholds_first * steps)
+
+    def soon(step: int) -> float:
+        return rate(step, steps, options.warm_up, options.schedule)
+
+    def later(step: int) -> float:
+        return rate(step - first, steps - first, options.warm_up, options.schedule) if step >= first else 0.0
+
+    plain: dict[str, Any] = {"weight_decay": 0.0}
+    groups = [
+        (later, {"params": [p for _, p in rest if id(p) in decayed], "weight_decay": options.weight_decay}),
+        (later, plain | {"params": [p for _, p in rest if id(p) not in decayed | norms]}),
+        (soon, plain | {"params": [p for _, p in rest if id(p) in norms - decayed]}),
+        (soon, plain | {"params": [t for t in thresholds(model) if t.requires_grad]}),
+    ]
+    groups[-1][1]["lr"] = options.threshold_learning_rate
+    groups = [(share, group) for share, group in groups if group["params"]]
+    if not groups:
+        raise TrainingError("freeze names every parameter of the model: leave some that learn")
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [group for _, group in groups],
         lr=options.learning_rate,
         betas=(0.9, 0.95),
         fused=torch.cuda.is_available(),
     )
-    return optimizer, LambdaLR(optimizer, lambda step: rate(step, steps, options.warm_up, options.schedule))
+    return optimizer, LambdaLR(optimizer, [share for share, _ in groups])
 
 
 def rate(step: int, steps: int, warm_up: float, schedule: str) -> float:
