@@ -50,7 +50,7 @@ def run(
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a model of a method that learns (FAS, SpikingMamba), or the dense one as its control.
+    """Train a model of a method that learns (FAS, SpikingMamba, NeuTransformer), or the dense one as its control.
 
     A dense MODEL is converted first, with thresholds found on the training text; a checkpoint goes on. Ctrl-C or
     SIGTERM saves the state; the same command with --resume goes on. Several GPUs:

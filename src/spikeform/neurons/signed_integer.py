@@ -105,6 +105,7 @@ class SignedInteger(ThresholdNeuron):
         channels: C, for a threshold of each channel; None: one threshold.
         spikes: ``signed``, ``unsigned`` or ``binary``.
         alpha: Height of the surrogate gradient.
+        learns: Whether the threshold is a thing to learn.
         site: The qualified name under which its firing is reported.
 
     Raises:
@@ -114,10 +115,18 @@ class SignedInteger(ThresholdNeuron):
         threshold: V_th, fp32 ``[1]`` or ``[C]``, a parameter; NaN until calibrated.
         folded: Whether the following weights carry the thresholds of the channels; trains are then in units of 1.
         compensation: The continuous path while a model trains, None at all other times; never saved.
+        paused: Pass real input on as it is, as if the resolution were infinite.
     """
 
     def __init__(
-        self, steps: int, channels: int | None = None, *, spikes: str = "signed", alpha: float = 1.0, site: str = ""
+        self,
+        steps: int,
+        channels: int | None = None,
+        *,
+        spikes: str = "signed",
+        alpha: float = 1.0,
+        learns: bool = True,
+        site: str = "",
     ) -> None:
         super().__init__(site)
         try:
@@ -133,7 +142,8 @@ class SignedInteger(ThresholdNeuron):
         self.folded = False
         self.compensation: Compensation | None = None
         unset = torch.full((channels or 1,), float("nan"), dtype=torch.float32)
-        self.threshold = nn.Parameter(unset)
+        self.threshold = nn.Parameter(unset, requires_grad=learns)
+        self.learns, self.paused = learns, False
         self._form: OatForm | None = None
         self.per_channel = channels is not None
 
@@ -179,7 +189,7 @@ class SignedInteger(ThresholdNeuron):
 
         None where no kernel sends the same: other spikes, or thresholds of channels that the weights do not carry.
         """
-        if self.spikes != "signed" or (self.per_channel and not self.folded):
+        if self.spikes != "signed" or self.paused or (self.per_channel and not self.folded):
             return None
         form, device = self._form, entry(self, self._parameters, "threshold").device
         if form is None or form.threshold.device != device:
@@ -198,9 +208,9 @@ class SignedInteger(ThresholdNeuron):
         record = recorder()
         if record is not None:
             record(self, x)
-            if not self.calibrated:
-                v = x if x.dtype == torch.float64 else x.float()
-                return SpikeTrain(v, v.new_ones(1), self.coding)
+        if self.paused or (record is not None and not self.calibrated):
+            v = x if x.dtype == torch.float64 else x.float()
+            return SpikeTrain(v, v.new_ones(1), self.coding)
         u = self.potential(x)
         codes = self._differentiable(u) if torch.is_grad_enabled() and u.requires_grad else None
         exact = codes is None

@@ -64,7 +64,8 @@ class Objective:
                 terms.append(options.distil * apart)
             if options.hidden:
                 found, target = (x.hidden_states[b] for x, b in zip((out, wanted), self._blocks, strict=True))
-                terms.append(options.hidden * distance(found, target, inputs.get("attention_mask")))
+                apart = distance(found, target, inputs.get("attention_mask"), options.hidden_distance)
+                terms.append(options.hidden * apart)
         if not (options.ce or options.distil):
             # Several processes wait for a gradient of every parameter that led to an output.
             terms.append(0.0 * logits_NV.float().sum())
@@ -106,13 +107,16 @@ def divergence(wanted_NV: Tensor, logits_NV: Tensor, here_N: Tensor, temperature
     return temperature**2 * torch.stack(sums).sum() / here_N.sum()
 
 
-def distance(found: Sequence[Tensor], wanted: Sequence[Tensor], mask_BN: Tensor | None) -> Tensor:
+def distance(
+    found: Sequence[Tensor], wanted: Sequence[Tensor], mask_BN: Tensor | None, kind: str = "relative"
+) -> Tensor:
     """``(1/L) sum_l ||h_S - h_T||^2 / ||h_T||^2`` of a token, in fp32, the mean over tokens.
 
     Args:
         found: The student's residual stream after each block, ``[B, N, D]``.
         wanted: The teacher's.
         mask_BN: 0 where there is padding, or None.
+        kind: ``relative``; or ``cosine``, ``(1/L) sum_l (1 - cos(h_S, h_T))``.
 
     Raises:
         TrainingError: They differ in number or width.
@@ -125,7 +129,10 @@ def distance(found: Sequence[Tensor], wanted: Sequence[Tensor], mask_BN: Tensor 
     apart_BN = torch.zeros(found[0].shape[:-1], device=found[0].device)
     for student, teacher in zip(found, wanted, strict=True):
         student, teacher = student.float(), teacher.float()
-        apart_BN = apart_BN + (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(SMALL)
+        if kind == "cosine":
+            apart_BN = apart_BN + 1 - F.cosine_similarity(student, teacher, dim=-1)
+        else:
+            apart_BN = apart_BN + (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(SMALL)
     apart_BN = apart_BN / len(found)
     if mask_BN is None:
         return apart_BN.mean()

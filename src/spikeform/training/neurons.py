@@ -9,22 +9,29 @@ from fnmatch import fnmatch
 from torch import nn
 
 from spikeform.layers import SpikingLinear
+from spikeform.layers.self_attention import SpikingSelfAttention
 from spikeform.layers.streaming import neurons_of, paused
 from spikeform.neurons import SignedInteger, StreamingNeuron
+from spikeform.neurons.lif import LIF
 from spikeform.neurons.signed_integer import Compensation
 from spikeform.training.compensation import compensated
 from spikeform.training.errors import TrainingError
 from spikeform.training.options import TrainOptions
 
 
-def learning_neurons(model: nn.Module) -> list[StreamingNeuron | SignedInteger]:
+def learning_neurons(model: nn.Module) -> list[StreamingNeuron | SignedInteger | LIF]:
     """The neurons that gradients pass, each once."""
-    return [module for module in model.modules() if isinstance(module, StreamingNeuron | SignedInteger)]
+    return [module for module in model.modules() if isinstance(module, StreamingNeuron | SignedInteger | LIF)]
 
 
 def thresholds(model: nn.Module) -> list[nn.Parameter]:
-    """Their thresholds, each once."""
-    return list({id(neuron.threshold): neuron.threshold for neuron in learning_neurons(model)}.values())
+    """Their thresholds, or gains, which are the same in other words: those that learn, each once."""
+    found = [
+        neuron.gain if isinstance(neuron, LIF) else neuron.threshold
+        for neuron in learning_neurons(model)
+        if getattr(neuron, "learns", True)
+    ]
+    return list({id(parameter): parameter for parameter in found}.values())
 
 
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -59,6 +66,7 @@ def trainable(model: nn.Module, options: TrainOptions) -> Iterator[Compensation 
             layer.unfold()
         with compensated(model, options) as path, paused(model):
             fixed = {id(p) for neuron in neurons_of(model) for p in (neuron.scale, neuron.initial)}
+            fixed |= {id(n.threshold) for n in model.modules() if isinstance(n, SignedInteger) and not n.learns}
             fixed |= _frozen(model, options.freeze)
             for parameter in model.parameters():
                 parameter.requires_grad_(id(parameter) not in fixed)
@@ -66,10 +74,18 @@ def trainable(model: nn.Module, options: TrainOptions) -> Iterator[Compensation 
     finally:
         for layer in folded:
             layer.fold()
+        attend(model, 1.0)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(wanted[name])
         model.zero_grad(set_to_none=True)
         model.train(training)
+
+
+def attend(model: nn.Module, share: float) -> None:
+    """Let the first ``share`` of the layers of spiking attention spike; the others attend as the dense model does."""
+    layers = [module for module in model.modules() if isinstance(module, SpikingSelfAttention)]
+    for i, layer in enumerate(layers):
+        layer.paused = i >= max(1, round(share * len(layers)))
 
 
 def _folded(layer: SpikingLinear) -> bool:

@@ -12,6 +12,7 @@ from spikeform.neurons.signed_integer import SMOOTH
 
 TASKS = ("causal", "masked", "classify")
 SCHEDULES = ("linear", "cosine", "constant")
+DISTANCES = ("relative", "cosine")
 COMPENSATIONS = ("none", "grad", "mix", "add")
 UNCHANGING = ("evaluate_every", "save_every")  # options that do not change what is learned
 
@@ -50,6 +51,9 @@ class TrainOptions(Options):
         temperature: tau, by which logits are divided for it.
         reverse: r, the share of the reverse divergence, 0 to 1.
         hidden: Weight of the distance between residual streams, on every token that is no padding.
+        hidden_distance: ``relative`` (as above) or ``cosine``: ``(1/L) sum_l (1 - cos(h_S, h_T))``.
+        layer_by_layer: Share of the steps in which layers of spiking self-attention take their places one after the
+            other, from the first on; 0: all at once.
         compensation: A second, continuous path of signed-integer neurons while they train (smoothed gradient
             compensation): ``grad`` in the gradient alone, ``mix`` instead of a share of the spikes, ``add`` a real
             matrix P beside each layer, ``y = W (n V_th) + lambda P x``, which learns too and is deleted at the end.
@@ -84,6 +88,7 @@ class TrainOptions(Options):
         "temperature",
         "reverse",
         "hidden",
+        "layer_by_layer",
         "compensation_weight",
         "compensation_share",
         "stream_share",
@@ -108,6 +113,8 @@ class TrainOptions(Options):
     temperature: float = 1.0
     reverse: float = 0.0
     hidden: float = 0.0
+    hidden_distance: str = "relative"
+    layer_by_layer: float = 0.0
     compensation: str = "none"
     compensation_weight: float = 0.5
     compensation_smooth: str = "tanh"
@@ -125,7 +132,8 @@ class TrainOptions(Options):
 
     def check(self) -> None:
         """Every option in its range; lists become tuples."""
-        choices = {"task": TASKS, "schedule": SCHEDULES, "compensation": COMPENSATIONS, "compensation_smooth": SMOOTH}
+        choices = {"task": TASKS, "schedule": SCHEDULES, "hidden_distance": DISTANCES}
+        choices |= {"compensation": COMPENSATIONS, "compensation_smooth": SMOOTH}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -159,7 +167,7 @@ class TrainOptions(Options):
         """What is minimised, and by which parameters."""
         if not (self.ce or self.distil or self.hidden):
             raise ConfigError("nothing is minimised: give ce, distil or hidden a weight above 0")
-        for name in ("reverse", "thresholds_first", "compensation_share"):
+        for name in ("reverse", "thresholds_first", "compensation_share", "layer_by_layer"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"{name} is a share, at most 1, got {getattr(self, name)}")
         if self.compensation == "mix" and self.compensation_weight > 1:

@@ -26,7 +26,7 @@ from spikeform.training import losses
 from spikeform.training.compensation import weight_at
 from spikeform.training.errors import TrainingError
 from spikeform.training.examples import Examples, Stream, held_out_batches
-from spikeform.training.neurons import norm_parameters, thresholds
+from spikeform.training.neurons import attend, norm_parameters, thresholds
 from spikeform.training.options import TrainOptions
 from spikeform.training.signals import StopSignals
 from spikeform.training.state import KEPT, mark_complete
@@ -211,6 +211,8 @@ class _Steering(transformers.TrainerCallback):
         trainer = self.trainer
         if trainer.path is not None:
             trainer.path.weight = weight_at(trainer.options, state.global_step, trainer.steps)
+        if trainer.options.layer_by_layer:
+            attend(trainer._model, state.global_step / (trainer.options.layer_by_layer * trainer.steps))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A threshold must stay positive."""

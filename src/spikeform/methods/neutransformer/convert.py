@@ -99,9 +99,10 @@ class _Builder(Builder):
     def _linear(self, name: str, module: nn.Linear | Conv1D) -> tuple[nn.Module, str]:
         if name in self.outputs:  # the mean over T steps comes in: its integers are exact, and nothing is calibrated
             spikes = self.config.spikes if self.config.spikes == "signed" else "unsigned"
-            neuron = SignedInteger(self.config.steps, spikes=spikes, site=name)
+            neuron = SignedInteger(self.config.steps, spikes=spikes, learns=False, site=name)
             neuron.set_threshold(1 / self.config.steps)
-            neuron.threshold.requires_grad_(False)
+            attention: Any = self.model.get_submodule(name.rpartition(".")[0])
+            attention.spiking.sends_to(neuron)
             return SpikingLinear.from_dense(module, neuron), "spikes of attention's output"
         pair, relu = self.downs[name], self.config.ffn == "relu_if"
         neuron = SignedInteger(
