@@ -29,7 +29,7 @@ lint: $(STAMP)
 $(STAMP): pyproject.toml hatch_build.py $(wildcard src/spikeform/native/csrc/*)
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH)
-	$(BIN)/python -m pip install --quiet -e '.[dev,eval,train]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,eval,train,prefer]'
 	touch $@
 
 clean:

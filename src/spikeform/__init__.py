@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     from spikeform.synapses import executor as executor
     from spikeform.training import TrainOptions as TrainOptions
     from spikeform.training import train as train
+    from spikeform.training.preference import PairOptions as PairOptions
+    from spikeform.training.preference import PreferOptions as PreferOptions
+    from spikeform.training.preference import load_pairs as load_pairs
+    from spikeform.training.preference import prefer as prefer
+    from spikeform.training.preference import preference_pairs as preference_pairs
 
 __version__ = "0.1.0"
 
@@ -47,6 +52,8 @@ _HOMES = {
     "FAS": "spikeform.methods",
     "LAS": "spikeform.methods",
     "NeuTransformer": "spikeform.methods",
+    "PairOptions": "spikeform.training.preference",
+    "PreferOptions": "spikeform.training.preference",
     "SpikeLLM": "spikeform.methods",
     "SpikeTrain": "spikeform.spikes",
     "SpikingMamba": "spikeform.methods",
@@ -59,7 +66,10 @@ _HOMES = {
     "fit_few_spike": "spikeform.neurons",
     "inspect": "spikeform.report",
     "load": "spikeform.checkpoint",
+    "load_pairs": "spikeform.training.preference",
     "perplexity": "spikeform.evaluation",
+    "prefer": "spikeform.training.preference",
+    "preference_pairs": "spikeform.training.preference",
     "raster": "spikeform.report",
     "save": "spikeform.checkpoint",
     "set_steps": "spikeform.conversion",

@@ -15,7 +15,7 @@ from spikeform.errors import ConfigError
 from spikeform.neurons import SignedInteger
 from spikeform.training import Interrupted, TrainingError, TrainOptions, train
 from spikeform.training.neurons import thresholds, trainable
-from spikeform.training.trainer import _optimizer
+from spikeform.training.trainer import make_optimizer
 
 QUICK = {"window": 16, "batch_size": 4, "steps": 6, "learning_rate": 1e-3, "save_every": 3}
 TAUGHT = QUICK | {"ce": 0, "distil": 1, "hidden": 1, "freeze": ("*embed*",)}
@@ -108,7 +108,7 @@ def test_thresholds_first(ids):
         moved = {n for n, p in model.named_parameters() if not torch.allclose(p, before[n], rtol=1e-6)}
     assert all(name.endswith("threshold") or "norm" in name for name in moved)
     assert {name.rpartition(".")[2] for name in moved} == {"threshold", "weight"}
-    optimizer, schedule = _optimizer(model, TrainOptions(thresholds_first=0.5, warm_up=0, schedule="constant"), 4)
+    optimizer, schedule = make_optimizer(model, TrainOptions(thresholds_first=0.5, warm_up=0, schedule="constant"), 4)
     seen = []
     for _ in range(4):
         seen.append([group["lr"] for group in optimizer.param_groups])
@@ -119,7 +119,7 @@ def test_thresholds_first(ids):
 
 def test_what_is_decayed(ids):
     model = converted("mamba")
-    optimizer, _ = _optimizer(model, TrainOptions(weight_decay=0.1), 4)
+    optimizer, _ = make_optimizer(model, TrainOptions(weight_decay=0.1), 4)
     names = {id(p): name.rpartition(".")[2] for name, p in model.named_parameters()}
     kinds = {group["weight_decay"]: set() for group in optimizer.param_groups}
     for group in optimizer.param_groups:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from spikeform.cli import bench, calibrate, convert, demo, energy, evaluate, generate, inspect, train, verify
+from spikeform.cli import bench, calibrate, convert, demo, energy, evaluate, generate, inspect, prefer, train, verify
 
 
 class Commands(TyperGroup):
@@ -73,7 +73,7 @@ def _options(
     """Turn pretrained Hugging Face language models into spiking ones, run them, and say what they cost."""
 
 
-for verb in (demo, convert, train, calibrate, generate, evaluate, energy, bench, inspect, verify):
+for verb in (demo, convert, train, prefer, calibrate, generate, evaluate, energy, bench, inspect, verify):
     app.command(verb.__name__.rpartition(".")[2])(verb.run)
 
 

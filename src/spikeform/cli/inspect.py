@@ -11,6 +11,7 @@ from spikeform.cli.views import size_line
 COLUMNS = ("site", "layer", "neuron", "function", "steps", "coding", "thresholds")
 GIF_COLUMNS = ("site", "layer", "neuron", "steps", "levels", "signed", "channels by T", "salient")
 INTEGER_COLUMNS = ("site", "layer", "neuron", "spikes", "steps", "thresholds", "per_channel")
+LEAKY_COLUMNS = ("site", "neuron", "steps", "thresholds", "tau", "reset", "signed", "gain")
 WEIGHT_COLUMNS = ("site", "weights", "bits", "channels by T", "bytes", "over bf16")
 BLOCKS_TITLE = "blocks on the calibration data: mean steps of a channel, squared error over what the dense block adds"
 STREAMING_COLUMNS = ("site", "layer", "neuron", "steps", "levels", "signed", "thresholds", "scale", "initial")
@@ -48,11 +49,14 @@ def run(out: Checkpoint, as_json: Json = False) -> None:
         bursts = [row for row in spiking if "salient" in row]
         integers = [row for row in spiking if "weight_bits" in row]
         integral = [row for row in spiking if "spikes" in row]
-        others = [row for row in spiking if row not in streaming and row not in bursts and row not in integral]
+        leaky = [row for row in spiking if "tau" in row]
+        others = [row for row in spiking if not any(row in group for group in (streaming, bursts, integral, leaky))]
         windowed = [row for row in others if row["neuron"] != "weights"]
         if streaming:
             title = f"{len(streaming)} streaming neuron populations (scale, initial: least and largest)"
             output.table(streaming, STREAMING_COLUMNS, title=title)
+        if leaky:
+            output.table(leaky, LEAKY_COLUMNS, title=f"{len(leaky)} LIF neuron populations (gain: least and largest)")
         if windowed:
             output.table(windowed, COLUMNS, title=f"{len(windowed)} neuron populations")
         if integral:

@@ -70,6 +70,8 @@ def show_energy(output: Output, report: EnergyReport) -> None:
         _show_streaming(output, report)
     elif report.accountings:
         _show_accountings(output, report.accountings)
+    if report.attention:
+        _show_attention(output, report.attention)
     # The measure of networks of bursts and integer weights; for others it is in the document alone.
     if report.ace and any("weight_bits" in row or "Burst" in row.get("coding", ()) for row in report.per_site):
         _show_effort(output, report.ace)
@@ -121,6 +123,46 @@ def _show_accountings(output: Output, found: dict[str, Any]) -> None:
         f"r: additions for each MAC that spikes replace. A MAC and an addition: {constants}. In none of these: "
         "neurons, memory traffic, norms, gates, biases, functions. The first table has more of them.",
         "dim",
+    )
+
+
+def _show_attention(output: Output, found: dict[str, Any]) -> None:
+    """Spiking self-attention beside dense attention: counted in full, and by the formula of papers."""
+    counted, formula = found["counted"], found["formula"]
+    output.say()
+    title = "ESTIMATED, attention, less than dense"
+    rows = [
+        {
+            title: name,
+            "MAC, addition (pJ)": f"{own['mac']:.3g}, {own['ac']:.3g}",
+            "papers' formula": f"{own['reduction']:.2%}",
+            "counted, quadratic": f"{counted['estimates'][name]['reduction_quadratic']:.2%}",
+            "counted, recurrent": f"{counted['estimates'][name]['reduction_recurrent']:.2%}",
+        }
+        for name, own in formula["estimates"].items()
+    ]
+    output.table(rows)
+    least, largest = formula["paper"]["reduction"]
+    output.say(
+        f"ESTIMATED. The formula is 1 - T fr E_AC / E_MAC with T fr = {formula['steps_times_rate']:.3f}, measured on "
+        "queries, keys and values. It leaves out softmax, LIF updates, row factors and memory, and is not what runs; "
+        "'counted' has all of these but memory and the softmax's exponentials. arXiv 2510.00133 states "
+        f"{least:.2%} to {largest:.2%}, by constants that were not found.",
+        "dim",
+    )
+    output.say()
+    output.table(
+        [
+            {
+                "attention": site,
+                "T": own["steps"],
+                **{f"rate, {name}": f"{rate:.1%}" for name, rate in own["rates"].items()},
+                "fr": f"{own['rate']:.1%}",
+                **{name: f"{number:,}" for name, number in own["additions"].items()},
+            }
+            for site, own in found["layers"].items()
+        ],
+        title="rates of its neurons, and additions of both forms: scores and context, or state and reads",
     )
 
 

@@ -7,6 +7,7 @@ One rule for each kind of product, the same for the network that spikes and the 
 - ``matmul``, run as events ``O(t) = A(t) S_B(t) + S_A(t-1) B(t)``: a spike of either train adds the *running
   sum* of the other, once for each output that it reaches, and enters its own running sum, one addition more.
 - ``hadamard``: the same, elementwise.
+- ``attention``, ``recurrence``: both products of spiking self-attention (:mod:`spikeform.energy.self_attention`).
 
 A streaming network of T steps sends its trains in windows of one step, T rows for each input row (time is in the
 batch). Here the T rows are one window of T steps again, so that elements, windows and the products' MACs mean the
@@ -29,6 +30,7 @@ from spikeform.energy.codings import additions, comparisons, parts_of
 from spikeform.energy.linears import biased, count_linear, count_units, count_weights
 from spikeform.energy.mixers import mixer_hooks, unheard
 from spikeform.energy.real import RealTally, real_hooks
+from spikeform.energy.self_attention import KINDS, SelfAttentions
 from spikeform.energy.tallies import DenseTally, FiringTally, Population, ProductTally, total
 from spikeform.energy.weights import Weights, weights_of
 from spikeform.layers import SpikingLinear
@@ -50,11 +52,13 @@ class Counter:
         dense: Tally per module name, filled by :meth:`watch`.
         converted: Names of the linear layers that a conversion put in, filled by :meth:`watch`.
         real: Tally per module name, filled by :meth:`watch` if asked for.
+        attentions: What spiking self-attention does beside, by its site.
     """
 
     def __init__(self, steps: int = 0, real: bool = False) -> None:
         self.steps, self._wants_real = steps, real
         self.real: dict[str, RealTally] = {}
+        self.attentions = SelfAttentions()
         self.products: dict[tuple[str, str], ProductTally] = {}
         self.firings: dict[tuple[str, str], FiringTally] = {}
         self.dense: dict[str, DenseTally] = {}
@@ -80,12 +84,18 @@ class Counter:
         return bool(self.steps) and train.coding == Thermometer(1)
 
     def _firing(self, event: Firing) -> None:
+        if self.attentions.relays(event.site):
+            return
         tally = self.firings.setdefault((event.site, event.function), FiringTally(event.site, event.function))
         streams = self._streams(event.train)
         visible = self._mask(event.train.shape)
-        spikes = total(tally.sent.add(event.train, visible, self.steps if streams else 1))
+        rows = self.attentions.steps(event.site)
+        spikes = total(tally.sent.add(event.train, visible, rows or (self.steps if streams else 1)))
         parts = parts_of(event.train, visible)
         tally.comparisons += comparisons(event.train, parts, spikes)
+        if rows:
+            self.attentions.firing(tally, event, spikes)
+            return
         # A spike is subtracted from the potential; where the output is a function of it, it is added there. What a
         # streaming neuron receives is no window's sum yet: each step's input is added to the potential.
         tally.additions += spikes if event.function == "identity" else 2 * spikes
@@ -94,6 +104,9 @@ class Counter:
 
     def _product(self, event: Product) -> None:
         tally = self.products.setdefault((event.site, event.kind), ProductTally(event.site, event.kind))
+        if event.kind in KINDS:
+            self.attentions.product(tally, event)
+            return
         tally.operands = tally.operands or [Population() for _ in event.operands]
         fan_outs, macs = self._reach(event)
         rows = self.steps if all(self._streams(train) for train in event.operands) else 1
@@ -175,6 +188,7 @@ class Counter:
         """
         handles = real_hooks(self.real, model) if self._wants_real else []
         handles += mixer_hooks(self.dense, self.real if self._wants_real else None, model)
+        self.attentions.know(model)
         elsewhere = unheard(model)
         for name, module in model.named_modules():
             weight, bias = (getattr(module, key, None) for key in ("weight", "bias"))

@@ -14,6 +14,7 @@ from __future__ import annotations
 from spikeform.energy.count import Counter
 from spikeform.energy.memory import Lines, memory
 from spikeform.energy.models import CostModel
+from spikeform.energy.self_attention import KINDS as ATTENTIONS
 
 
 def compute(counter: Counter, model: CostModel, baseline: Counter | None = None) -> dict[str, Lines]:
@@ -30,6 +31,7 @@ def compute(counter: Counter, model: CostModel, baseline: Counter | None = None)
             "learned_step_weights": spiking["step_weight_multiplications"] * model.multiply,
             "running_sums": spiking["running_sum_additions"] * model.ac,
             "neurons": spiking["comparisons"] * model.comparison + spiking["neuron_additions"] * model.add,
+            **{key: spiking[key] * model.multiply for key in ("row_factors", "leaks") if key in spiking},
             **_units(spiking, model),
             **_real(spiking, model),
         },
@@ -64,6 +66,8 @@ def _real(ops: dict[str, int], model: CostModel) -> Lines:
     if "attention_macs" in ops:
         lines["attention"] = ops["attention_macs"] * model.mac
         lines["gated_products"] = ops["gated_multiplications"] * model.multiply
+    if "softmax_multiplications" in ops:
+        lines["softmax"] = ops["softmax_multiplications"] * model.multiply
     if "scan_macs" in ops:
         lines["scan"] = ops["scan_macs"] * model.mac
     return lines
@@ -75,7 +79,12 @@ def _products(counter: Counter, model: CostModel, steps: int | None = None) -> t
     for tally in counter.products.values():
         add = 0.0 if tally.kind == "hadamard" else model.add  # a lone product accumulates nothing
         products += tally.macs * (model.multiply + add)
-        if not tally.converted:
+        if tally.kind in ATTENTIONS:
+            q, k, v = (operand.bits for operand in tally.operands)
+            score = counter.attentions.tallies[tally.site].score_bits
+            both = model.quantised_multiply(q, k) + model.quantised_multiply(score, v)
+            quantised += tally.macs * (both / 2 + add)
+        elif not tally.converted:
             bits = [operand.bits_in(steps) for operand in tally.operands]
             quantised += tally.macs * (model.quantised_multiply(*bits) + add)
         for (tier, weight), macs in tally.widths.items():
@@ -91,6 +100,8 @@ def operations(counter: Counter, baseline: Counter | None = None) -> dict[str, d
     products, firings = counter.products.values(), counter.firings.values()
     macs = {f"{kind}_macs": sum(t.macs for t in rival.products.values() if t.kind == kind) for kind in _KINDS}
     macs["linear_macs"] += sum(t.macs for t in rival.products.values() if t.kind == "weights")
+    macs["matmul_macs"] += sum(t.macs for t in rival.products.values() if t.kind in ATTENTIONS)
+    softmax = _softmax(counter)
     encoded = sum(t.sent.elements for t in rival.firings.values() if t.function == "identity")
     units = _unit_operations(counter)
     return {
@@ -103,12 +114,26 @@ def operations(counter: Counter, baseline: Counter | None = None) -> dict[str, d
             "running_sum_additions": sum(t.running_sums for t in products),
             "comparisons": sum(t.comparisons for t in firings),
             "neuron_additions": sum(t.additions for t in firings),
+            **_attention_operations(counter),
             **units,
             **_real_operations(counter),
         },
-        "dense": macs | _real_operations(rival),
-        "quantised": macs | {"quantise": encoded} | units | _real_operations(rival),
+        "dense": macs | softmax | _real_operations(rival),
+        "quantised": macs | {"quantise": encoded} | softmax | units | _real_operations(rival),
     }
+
+
+def _attention_operations(counter: Counter) -> dict[str, int]:
+    """Multiplications of spiking self-attention, where there is any."""
+    tallies = counter.attentions.tallies.values()
+    leaks = sum(t.multiplications for t in counter.firings.values())
+    return {"row_factors": sum(t.row_factors for t in tallies), "leaks": leaks} if tallies else {}
+
+
+def _softmax(counter: Counter) -> dict[str, int]:
+    """What the rivals of spiking self-attention have in its place: products with the row's inverse, values of exp."""
+    pairs = sum(t.pairs for t in counter.attentions.tallies.values())
+    return {"softmax_multiplications": pairs, "softmax_exponentials": pairs} if pairs else {}
 
 
 def _activations(counter: Counter) -> dict[str, int]:

@@ -19,8 +19,9 @@ def memory(counter: Counter, model: CostModel, baseline: Counter | None = None) 
     step in which the channel spikes in some token: at most its spikes, and at most the window (exact at one token,
     an upper bound at more). Activations: each operand written once and read once; with a baseline, or scans, also those
     of products that stay real. Spiking: the wire bits of its train; the potential of every neuron; and the codes of
-    both running sums of a product of two trains. Integer weights are as many bits as their file has, and so are their
-    scales; the dense network has its own weights.
+    both running sums of a product of two trains. With a cache, spiking self-attention reads and writes what spikes
+    touch of its state, where its rivals read all keys and values so far. Integer weights are as many bits as their file
+    has, and so are their scales; the dense network has its own weights.
     """
     sram, dram = model.sram_per_byte, model.dram_per_byte
     rival = baseline or counter
@@ -30,7 +31,7 @@ def memory(counter: Counter, model: CostModel, baseline: Counter | None = None) 
     read = sum(_moved(t, t.bits_read, t.rows_read, model) for t in products) + left
     operands = [(t, operand) for t in products for operand in t.operands if t.kind != "weights"]
     wired = sum(operand.wire_bits for _, operand in operands) / 8
-    sums = sum(operand.elements * operand.bits for t, operand in operands if t.kind != "linear") / 8
+    sums = sum(operand.elements * operand.bits for t, operand in operands if t.windowed) / 8
     potentials = sum(t.sent.elements for t in counter.firings.values()) * POTENTIAL_BYTES
     kept = sum(t.weights for t in rival.dense.values()) * model.weight_bytes
     weights = sum(t.rows * t.row_size for t in rival.products.values()) * model.weight_bytes + kept
@@ -51,10 +52,26 @@ def memory(counter: Counter, model: CostModel, baseline: Counter | None = None) 
     }
     if counter.real or inputs:
         lines["spiking"]["activations"] = 2 * (_real_bytes(counter, model) + inputs) * sram
+    for name, own in _cached(counter, model).items():
+        lines[name] |= own
     if baseline is not None:
         once = _once(stored, model)
         lines["quantised_steps"] = {**once, "activations": 2 * (_coded_bytes(baseline, counter.steps) + real) * sram}
     return lines
+
+
+def _cached(counter: Counter, model: CostModel) -> dict[str, Lines]:
+    """What decoding with spiking self-attention reads (and writes) of its cache, where anything ran with one."""
+    tallies = counter.attentions.tallies.values()
+    keys = sum(t.cached for t in tallies)
+    coded = sum(t.cached * counter.products[t.site, "recurrence"].operands[1].bits for t in tallies if t.cached) / 8
+    if not (touched := sum(t.touched for t in tallies)) and not keys:
+        return {}
+    return {
+        "spiking": {"attention_cache": touched * POTENTIAL_BYTES * model.sram_per_byte},
+        "dense": {"attention_cache": keys * model.activation_bytes * model.sram_per_byte},
+        "quantised": {"attention_cache": coded * model.sram_per_byte},
+    }
 
 
 def _moved(tally: ProductTally, bits: int, rows: int, model: CostModel) -> float:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from spikeform.conversion.kinds import mixers
-from spikeform.energy import state_space, streaming
+from spikeform.energy import attention, state_space, streaming
 from spikeform.energy.ace import effort
 from spikeform.energy.count import Counter
 from spikeform.energy.estimate import operations, price
 from spikeform.energy.models import FP32, resolve
 from spikeform.energy.rows import kinds, sites
 from spikeform.errors import SpikeformError
+from spikeform.layers.self_attention import SpikingSelfAttention
 from spikeform.layers.streaming import neurons_of, paused, steps_of
 from spikeform.neurons import GIF
 from spikeform.synapses import explain
@@ -63,6 +64,8 @@ class EnergyReport:
         accountings: Of a streaming network: what runs, and the papers' convention, by cost model. Of a state-space
             model: products alone, in three widths (:mod:`spikeform.energy.state_space`).
         streaming: Of a streaming network: operations, attention, weights and cache beside one dense pass.
+        attention: Of spiking self-attention: rates and additions by layer, both forms beside dense attention, and the
+            formula of papers (:func:`spikeform.energy.attention.facts`).
         ace: Of other networks: arithmetic computation effort of the converted linear layers, beside uniform 4 and 5
             bits and dense fp16, and the additive fraction (:func:`spikeform.energy.ace.effort`).
     """
@@ -83,6 +86,7 @@ class EnergyReport:
     accountings: dict[str, dict[str, Any]] = field(default_factory=dict)
     streaming: dict[str, Any] = field(default_factory=dict)
     ace: dict[str, Any] = field(default_factory=dict)
+    attention: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON types."""
@@ -149,8 +153,8 @@ def energy(
         raise SpikeformError(
             "at steps=0 the model is the QCFS network, which sends no spikes: set_steps(model, 8) first"
         )
-    scans = bool(mixers(spiking))
-    counter = _counted(spiking, ids, batch_size, window, steps, real=bool(steps) or scans)
+    scans, attends = bool(mixers(spiking)), _attends(spiking)
+    counter = _counted(spiking, ids, batch_size, window, steps, real=bool(steps) or scans or attends)
     if not counter.products and not (steps and counter.firings):
         raise SpikeformError("no spike train reached a synapse: the model is dense; convert it first")
     baseline = None
@@ -193,7 +197,12 @@ def energy(
         ),
         streaming=streaming.facts(spiking, ids[:, :window], counter, baseline) if baseline else {},
         ace={} if baseline else effort(counter, ids.numel()),
+        attention=attention.facts(counter, models),
     )
+
+
+def _attends(model: nn.Module) -> bool:
+    return any(isinstance(module, SpikingSelfAttention) for module in model.modules())
 
 
 def _check(model: nn.Module, ids: Tensor, batch_size: int, window: int | None) -> None:
@@ -267,6 +276,8 @@ def _not_counted(model: nn.Module, steps: int) -> list[str]:
         return streaming.NOT_COUNTED
     if mixers(model):
         return state_space.NOT_COUNTED
+    if _attends(model):
+        return attention.NOT_COUNTED
     return [*NOT_COUNTED, ROW_BY_ROW] if any(isinstance(m, GIF) for m in model.modules()) else NOT_COUNTED
 
 

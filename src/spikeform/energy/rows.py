@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from spikeform.energy.count import Counter
+from spikeform.energy.self_attention import KINDS as ATTENTIONS
 from spikeform.energy.tallies import ProductTally
 
 
@@ -26,6 +27,7 @@ def sites(counter: Counter) -> list[dict[str, Any]]:
                 "coding": [type(operand.coding).__name__ for operand in tally.operands],
                 "quantised_bits": [] if tally.kind == "weights" else [operand.bits for operand in tally.operands],
                 **_integers(tally),
+                **_attention(counter, tally),
                 "macs": tally.macs,
                 "accumulations": tally.accumulations,
                 "multi_level_additions": tally.level_additions,
@@ -49,6 +51,7 @@ def sites(counter: Counter) -> list[dict[str, Any]]:
                 "coding": [type(sent.coding).__name__],
                 "comparisons": tally.comparisons,
                 "additions": tally.additions,
+                **({"multiplications": tally.multiplications} if tally.multiplications else {}),
                 "saturated": tally.saturated,
             }
         )
@@ -68,6 +71,13 @@ def _integers(tally: ProductTally) -> dict[str, Any]:
     if tally.rescales or tally.corrections:
         found |= {"unit_multiplications": tally.rescales, "bias_current_additions": tally.corrections}
     return found
+
+
+def _attention(counter: Counter, tally: ProductTally) -> dict[str, Any]:
+    """What a site of spiking self-attention has more: its additions by product, of both forms of a whole input."""
+    own = counter.attentions.tallies.get(tally.site) if tally.kind in ATTENTIONS else None
+    names = ("scores", "context", "state", "reads")
+    return {"by_product": {name: getattr(own, name) for name in names}} if own else {}
 
 
 def kinds(counter: Counter) -> dict[str, dict[str, int]]:

@@ -73,7 +73,8 @@ class ProductTally:
 
     Attributes:
         site: Where.
-        kind: ``linear``, ``weights`` (real input, the weights are the spikes), ``matmul`` or ``hadamard``.
+        kind: ``linear``, ``weights`` (real input, the weights are the spikes), ``matmul``, ``hadamard``, or of spiking
+            self-attention, both products in one, ``attention`` (quadratic) or ``recurrence``.
         operands: The trains, in the order of the product.
         macs: Of the same product in a dense network.
         accumulations: Additions that spikes cause at their targets.
@@ -126,6 +127,11 @@ class ProductTally:
         """Whether it is the product of a linear layer."""
         return self.kind in ("linear", "weights")
 
+    @property
+    def windowed(self) -> bool:
+        """Whether it is one of two trains whose running sums are kept from step to step."""
+        return self.kind in ("matmul", "hadamard")
+
 
 @dataclass
 class FiringTally:
@@ -136,6 +142,7 @@ class FiringTally:
     sent: Population = field(default_factory=Population)
     comparisons: int = 0
     additions: int = 0
+    multiplications: int = 0
     saturated: int = 0
 
 

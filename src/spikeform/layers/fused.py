@@ -40,3 +40,14 @@ gif_attention = _define(
     " int v_steps, int levels, int peak) -> Tensor",
     _context,
 )
+# SpikingSelfAttention; here k and v are real too, [B, G, L, E]. seen bool [B, L], or None: no padding. state fp32
+# [T, B, G, E, E], which moves on, or None: none before, and none is kept; number int64 [B]: keys in it, or None: none.
+# Gains of queries, keys, values and output [H], [G], [G], [H]; tau and reset of all neurons, the threshold of all but
+# the output, whose own is ``last``. Not on a GPU: there it runs as PyTorch's operations.
+ssa_attention = define(
+    "ssa_attention(Tensor q, Tensor k, Tensor v, Tensor? seen, Tensor(a!)? state, Tensor? number, Tensor query,"
+    " Tensor key, Tensor value, Tensor output, int steps, float tau, float threshold, float last, bool hard,"
+    " bool signed, bool normalise) -> Tensor",
+    _context,
+    *["spikeform.layers.cpu.ssa:ssa_attention"] * 2,
+)

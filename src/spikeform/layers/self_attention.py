@@ -10,8 +10,10 @@ Without softmax the sum over j is linear, so it has a second form, equal bit for
     S_t[i] = S_t[i-1] + K_t[i]^T V_t[i];   C_t[i] = Q_t[i] S_t[i]
 
 Chunks of positions use the first form inside, the second from chunk to chunk, so long inputs take linear time, and a
-cache holds S alone: its size does not grow. Source: arXiv 2510.00133 for the scheme, arXiv 2209.15425 for the form; the
-row factor, the signed spikes and the gains of each head are ours.
+cache holds S alone: its size does not grow. On a CPU one operator does it all where no gradient is wanted and nobody
+looks on (:data:`spikeform.layers.fused.ssa_attention`), by the second form and by events: a key's spike adds the row of
+values to one row of S, a query's spike reads one. Source: arXiv 2510.00133 for the scheme, arXiv 2209.15425 for the
+form; the row factor, the signed spikes and the gains of each head are ours.
 
 B batch, H query heads, G key/value heads, R = H / G, L positions, E head size, T steps.
 """
@@ -25,12 +27,16 @@ from torch import Tensor, nn
 
 from spikeform.errors import SpikeformError
 from spikeform.layers.cache import CacheView
+from spikeform.layers.fused import ssa_attention
 from spikeform.layers.state_cache import StateLayer
+from spikeform.neurons import SignedInteger
 from spikeform.neurons.lif import LIF
 from spikeform.spikes import SpikeTrain
 from spikeform.spikes.trace import Product, observer
+from spikeform.synapses.dispatch import fusible
 
 CHUNK = 256  # positions that meet one another directly
+CPU_CHUNK = 64  # as many multiplications inside as between chunks, for heads of 64; measured: 2 times as fast as 256
 
 
 def causal_counts(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
@@ -72,19 +78,39 @@ class SpikingSelfAttention(nn.Module):
         site: Qualified name of the attention module.
 
     Attributes:
-        paused: Let the module attend as the dense model does: for calibration.
+        chunk: Positions that meet one another directly, where no fused operator is wanted; None: what suits the device.
+        paused: Let the module attend as the dense model does: for calibration, or while others learn.
     """
+
+    _receiver: SignedInteger | None
 
     def __init__(
         self, heads: int, groups: int, steps: int, *, normalise: bool = True, site: str = "", **neuron: Any
     ) -> None:
         super().__init__()
         self.heads, self.groups, self.steps, self.normalise, self.site = heads, groups, steps, normalise, site
-        self.chunk, self.paused = CHUNK, False
+        self.chunk: int | None = None
+        self._paused = False
+        self.__dict__["_receiver"] = None  # the neuron belongs to the layer that it encodes for
         self.query = LIF(heads, steps, site=f"{site}.query", **neuron)
         self.key = LIF(groups, steps, site=f"{site}.key", **neuron)
         self.value = LIF(groups, steps, site=f"{site}.value", **neuron)
         self.output = LIF(heads, steps, threshold=0.5, site=f"{site}.output", **neuron)
+
+    def sends_to(self, neuron: SignedInteger) -> None:
+        """Name the neuron that passes the output on: it is paused together with this layer."""
+        self.__dict__["_receiver"] = neuron
+
+    @property
+    def paused(self) -> bool:
+        """See the class."""
+        return self._paused
+
+    @paused.setter
+    def paused(self, paused: bool) -> None:
+        self._paused = paused
+        if self._receiver is not None:
+            self._receiver.paused = paused
 
     def forward(self, q_BHLE: Tensor, k_BGLE: Tensor, v_BGLE: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention output ``[B, L, H, E]``, multiples of 1/T.
@@ -99,9 +125,55 @@ class SpikingSelfAttention(nn.Module):
         state = getattr(k_BGLE, "spikeform_state", None)
         if k_BGLE.shape[-2] != q_BHLE.shape[-2]:
             raise SpikeformError(f"{self.site}: {k_BGLE.shape[-2]} keys came for {q_BHLE.shape[-2]} queries")
-        with torch.autocast(q_BHLE.device.type, enabled=False):  # integers do not survive bf16
-            out_BHLE = self._attend(q_BHLE, k_BGLE, v_BGLE, _seen(mask, len(q_BHLE), q_BHLE.shape[-2]), state)
-        return out_BHLE.transpose(1, 2).contiguous().to(q_BHLE.dtype)
+        seen_BL = _seen(mask, len(q_BHLE), q_BHLE.shape[-2])
+        run = self._fused if self._fusible(q_BHLE, k_BGLE, v_BGLE, state) else self.attend
+        return run(q_BHLE, k_BGLE, v_BGLE, seen_BL, state)
+
+    def neurons(self) -> tuple[LIF, LIF, LIF, LIF]:
+        """Those of queries, keys, values and the output."""
+        return self.query, self.key, self.value, self.output
+
+    def _fusible(self, q: Tensor, k: Tensor, v: Tensor, state: StateLayer | None) -> bool:
+        """Whether one operator may do it all: the same bits, and no train in between."""
+        if self.chunk is not None or not q.is_cpu or not q.dtype == k.dtype == v.dtype:
+            return False
+        neurons = self.neurons()
+        if any(neuron._forward_hooks or neuron._forward_pre_hooks for neuron in neurons):
+            return False
+        one, key, value, output = neurons
+        rule = one.tau, one.reset, one.signed
+        if any((n.tau, n.reset, n.signed) != rule for n in (key, value, output)):
+            return False
+        if not one.threshold == key.threshold == value.threshold:
+            return False
+        return fusible(q, k, v, *(n.gain for n in neurons), None if state is None else state.keys)
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, state: StateLayer | None) -> Tensor:
+        number, held = None, None
+        if state is not None:
+            number, shape = state.number, (self.steps, len(q), self.groups, q.shape[-1], q.shape[-1])
+            held = q.new_zeros(shape, dtype=torch.float32) if state.keys is None else state.keys
+            if held.shape != shape:
+                raise SpikeformError(
+                    f"{self.site}: the cache holds a state {tuple(held.shape)}, this input has {shape}"
+                )
+        neurons = self.neurons()
+        one = neurons[0]
+        out = ssa_attention(
+            *(q, k, v, seen, held, number),
+            *(neuron.gain for neuron in neurons),
+            *(self.steps, one.tau, one.threshold, neurons[-1].threshold),
+            *(one.reset == "hard", one.signed, self.normalise),
+        )
+        if state is not None and held is not None:
+            state.keep(held, q.shape[-2], seen)
+        return out
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, state: StateLayer | None) -> Tensor:
+        """Neurons and products one after the other; arguments as :meth:`forward`'s, ``seen`` ``[B, L]`` or None."""
+        with torch.autocast(q.device.type, enabled=False):  # integers do not survive bf16
+            out_BHLE = self._attend(q, k, v, seen, state)
+        return out_BHLE.transpose(1, 2).contiguous().to(q.dtype)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, seen_BL: Tensor | None, state: StateLayer | None) -> Tensor:
         batch, length, size = len(q), q.shape[-2], q.shape[-1]
@@ -113,7 +185,8 @@ class SpikingSelfAttention(nn.Module):
         q_, k_, v_ = (train.codes.to(dtype) for train in (queries, keys, values))
         q_ = q_.view(self.steps, batch, self.groups, self.heads // self.groups, length, size)
         before = None if state is None else state.keys
-        counts, after = causal_counts(q_, k_, v_, before, self.chunk)
+        chunk = self.chunk or (CPU_CHUNK if q.is_cpu else CHUNK)
+        counts, after = causal_counts(q_, k_, v_, before, chunk)
         self._tell(queries, keys, values, seen_BL, state)
         counts = counts.view(self.steps, batch, self.heads, length, size)
         if self.normalise:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from spikeform.errors import SpikeformError
 from spikeform.layers import CodedLinear
 from spikeform.neurons import GIF, Neuron, SignedInteger, StreamingNeuron
+from spikeform.neurons.lif import LIF
 from spikeform.report.weights import weight_row
 
 
@@ -28,7 +29,8 @@ def inspect(model: nn.Module) -> list[dict[str, Any]]:
         of a channel; it has ``levels`` (spikes of a full step), ``signed``, ``channels``: the share of them for each T,
         and ``salient``: the share with more than one step. A signed-integer neuron's ``steps`` are D; it has ``spikes``
         (``signed``, ``unsigned``, ``binary``) and ``folded`` (whether the weights carry its thresholds), and where
-        it has one of each channel, ``thresholds`` are the least and the largest. A layer of integer weights has
+        it has one of each channel, ``thresholds`` are the least and the largest. A LIF neuron has ``tau``, ``reset``,
+        ``signed`` and ``gain``, the range ``[least, largest]`` over its heads. A layer of integer weights has
         ``weight_bits``, ``weight_form``, ``weight_steps``, ``bytes`` and ``bf16_bytes`` (see
         :func:`spikeform.report.weights.weight_row`); its ``neuron`` is ``weights`` where its input is real.
 
@@ -55,6 +57,8 @@ def inspect(model: nn.Module) -> list[dict[str, Any]]:
 def _row(name: str, neuron: Neuron, modules: dict[str, nn.Module]) -> dict[str, Any]:
     if isinstance(neuron, StreamingNeuron):
         return _streaming_row(name, neuron, modules)
+    if isinstance(neuron, LIF):
+        return _leaky_row(name, neuron, modules)
     coding = getattr(neuron, "coding", None)
     threshold = getattr(neuron, "threshold", None)
     values = threshold.flatten().tolist() if isinstance(threshold, Tensor) else None
@@ -115,6 +119,24 @@ def _streaming_row(name: str, neuron: StreamingNeuron, modules: dict[str, nn.Mod
         "signed": neuron.signed,
         "scale": _range(neuron.scale),
         "initial": _range(neuron.initial),
+    }
+
+
+def _leaky_row(name: str, neuron: LIF, modules: dict[str, nn.Module]) -> dict[str, Any]:
+    return {
+        "site": neuron.site or name,
+        "layer": _class(modules.get(name.rpartition(".")[0])),
+        "neuron": type(neuron).__name__,
+        "steps": neuron.steps,
+        "coding": "Thermometer",
+        "window": neuron.steps,
+        "thresholds": [neuron.threshold],
+        "per_channel": False,
+        "function": "identity",
+        "tau": neuron.tau,
+        "reset": neuron.reset,
+        "signed": neuron.signed,
+        "gain": _range(neuron.gain),
     }
 
 

@@ -81,7 +81,8 @@ def raster(
         model: A converted model.
         ids: Token ids ``[N, L]``; only the first row, cut to ``tokens``, is run.
         site: A site as the energy report names it; None takes the first linear layer that receives spikes, or the
-            first neuron where none does. Of a product of two trains the first is drawn.
+            first neuron where none does. Of a product of several trains the first is drawn; of the projection behind
+            spiking self-attention, whose input is a count, the spikes that were counted.
         path: Image to write (PNG; any suffix that matplotlib knows). Its folder must exist.
         elements: Most channels to draw, the first ones.
         tokens: Most tokens to draw.
@@ -123,7 +124,8 @@ def capture(model: nn.Module, ids: Tensor, site: str | None = None) -> tuple[str
     """The first train that passes ``site`` and the site's name.
 
     None: that of the first linear product, or of the first neuron where spikes reach no linear layer. Spikes of weights
-    are no activity: they are the same for every token.
+    are no activity: they are the same for every token. What reaches the projection behind spiking self-attention is the
+    sum of its LIF neurons' T steps; their train is given, in which every spike has its step.
 
     Raises:
         SpikeformError: Nothing passes there.
@@ -132,15 +134,22 @@ def capture(model: nn.Module, ids: Tensor, site: str | None = None) -> tuple[str
     constant: set[str] = set()
     found: list[tuple[str, SpikeTrain]] = []
     fired: list[tuple[str, SpikeTrain]] = []
+    summed: dict[str, SpikeTrain] = {}  # by attention module: what its output neurons sent
+
+    def train_of(event: Product | Firing) -> SpikeTrain:
+        train = event.operands[0] if isinstance(event, Product) else event.train
+        return train if _by_step(train) else summed.get(event.site.rpartition(".")[0], train)
 
     def listen(event: Product | Firing) -> None:
         if isinstance(event, Product) and event.kind == "weights":
             constant.add(event.site)
             return
         seen[event.site] = None
+        if isinstance(event, Firing) and _by_step(event.train) and event.site.endswith(".output"):
+            summed[event.site.rpartition(".")[0]] = event.train
         is_linear = isinstance(event, Product) and event.kind == "linear"
         if event.site == site if site is not None else is_linear:
-            found.append((event.site, event.operands[0] if isinstance(event, Product) else event.train))
+            found.append((event.site, train_of(event)))
             raise _Found
         if site is None and not fired and isinstance(event, Firing):
             fired.append((event.site, event.train))
@@ -169,9 +178,12 @@ def literal(train: SpikeTrain, steps: int = 0) -> Tensor:
     """Literal spikes of the first row: integers ``[window, tokens, channels]``; heads stand side by side.
 
     Trains are ``[B, L, C]``, ``[B, heads, L, C]``, ``[L, C]`` or ``[C]`` (one token); those of a streaming model
-    of T ``steps`` are ``[B*T, L, C]`` of one step each, row b*T+t is step t of row b, or ``[T*L, C]`` of one row.
+    of T ``steps`` are ``[B*T, L, C]`` of one step each, row b*T+t is step t of row b, or ``[T*L, C]`` of one row;
+    those of LIF neurons ``[T, B, heads, L, C]``.
     """
     spikes = train.unroll().cpu()
+    if _by_step(train):
+        return spikes[0, :, 0].movedim(-2, 1).flatten(2)
     if steps and train.coding == Thermometer(1):
         return spikes[0].unflatten(0, (steps, -1)) if train.codes.ndim == 2 else spikes[0, :steps]
     if train.codes.ndim >= 3:
@@ -179,6 +191,11 @@ def literal(train: SpikeTrain, steps: int = 0) -> Tensor:
     if spikes.ndim > 3:
         return spikes.movedim(-2, 1).flatten(2)
     return spikes if spikes.ndim == 3 else spikes.unsqueeze(1)
+
+
+def _by_step(train: SpikeTrain) -> bool:
+    """Whether the first axis is time: what LIF neurons send."""
+    return train.coding == Thermometer(1) and train.codes.ndim == 5
 
 
 def _draw(

@@ -23,14 +23,16 @@ class Product:
 
     Args:
         site: Where: the module's qualified name, plus ``.scores``, ``.context`` … for products without a weight.
-        kind: ``linear`` (train x weight), ``weights`` (real input x spiking weight), ``matmul`` (train x train) or
-            ``hadamard`` (elementwise, two trains).
-        operands: The spike trains, one for ``linear`` and ``weights`` (the weight's own, ``[N, K]``), two otherwise (in
-            the order of the product).
+        kind: ``linear`` (train x weight), ``weights`` (real input x spiking weight), ``matmul`` (train x train),
+            ``hadamard`` (elementwise, two trains), or attention of spikes without softmax, both products in one:
+            ``attention`` (every query meets the keys that it sees) or ``recurrence`` (it reads their running sum).
+        operands: The spike trains, one for ``linear`` and ``weights`` (the weight's own, ``[N, K]``), three for
+            ``attention`` and ``recurrence`` (``[T, B, heads, L, E]``: queries, keys, values, of one step a row), two
+            otherwise (in the order of the product).
         fan_out: For each operand, how many accumulations one spike of it causes: output features of a
             ``linear``; rows of the input of ``weights``; columns of B for A, and rows of A for B, of a ``matmul``; 1
-            for ``hadamard``.
-        macs: Multiply-accumulates of the same product in a dense network.
+            for ``hadamard``; at most L of ``attention`` and E of ``recurrence``.
+        macs: Multiply-accumulates of the same product in a dense network (of a ``recurrence`` with its cache of keys).
         sent: Spikes that the executor really sent, per operand: 0-d tensors, only from the temporal executor.
         mask: For ``matmul``, bool ``[..., M, N]``: which outputs are wanted (a causal mask), or None for all.
         connected: For ``matmul``, bool ``[..., M, K]``: where A has neurons at all (the causal mask on attention

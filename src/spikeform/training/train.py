@@ -92,13 +92,13 @@ def train(
     target = None if out is None else Path(out).resolve()
     if target is not None:
         saving.check_target(model, target)
-    with _work_folder(work, target, keep_work) as (folder, lasts):
+    with work_folder(work, target, keep_work) as (folder, lasts):
         check_work(folder, resume)
         with devices.main_process_first():  # the others find the text tokenised
             text = read(data, options, tokenizer, model, folder)
             held = None if valid is None else read(valid, options, tokenizer, model, folder)
-        checkpointing = _checkpointing(model, options.gradient_checkpointing)
-        with StopSignals() as stop, trainable(model, options) as path, checkpointing, _without_cudnn_attention():
+        less_memory = checkpointing(model, options.gradient_checkpointing)
+        with StopSignals() as stop, trainable(model, options) as path, less_memory, _without_cudnn_attention():
             done = _run(model, options, text, held, teacher, folder, stop, progress or (lambda point: None), path)
         record.keep(model, done)
         model.eval()
@@ -200,7 +200,7 @@ def _check(model: Any, options: TrainOptions, tokenizer: Any, teacher: Any, data
 
 
 @contextmanager
-def _work_folder(work: str | Path | None, target: Path | None, keep: bool) -> Iterator[tuple[Path, Callable]]:
+def work_folder(work: str | Path | None, target: Path | None, keep: bool) -> Iterator[tuple[Path, Callable]]:
     """The work folder, and what to call once it is no longer needed."""
     if work is None and target is None:
         with tempfile.TemporaryDirectory(prefix="spikeform-") as folder:
@@ -211,7 +211,7 @@ def _work_folder(work: str | Path | None, target: Path | None, keep: bool) -> It
 
 
 @contextmanager
-def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
     """Keep only the blocks' inputs in the forward pass, inside the block."""
     if not wanted:
         yield

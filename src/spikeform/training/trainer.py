@@ -84,7 +84,7 @@ class Trainer(transformers.Trainer):
             args=args,
             data_collator=_as_it_is,
             train_dataset=stream,
-            optimizers=_optimizer(model, options, steps),
+            optimizers=make_optimizer(model, options, steps),
             callbacks=[_Steering(self, thresholds(model))],
         )
         model.config.use_cache = cache  # the trainer turned it off, in the config that will be saved
@@ -270,7 +270,12 @@ def _arguments(options: TrainOptions, steps: int, work: Path) -> transformers.Tr
     return args
 
 
-def _optimizer(model: nn.Module, options: TrainOptions, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+def make_optimizer(model: nn.Module, options: TrainOptions, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """AdamW with a group for each rate and decay, and the schedule of their rates.
+
+    Raises:
+        TrainingError: No parameter is left that learns.
+    """
     own, norms = ({id(p) for p in some} for some in (thresholds(model), norm_parameters(model)))
     rest = [
         (name.rpartition(".")[2], p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in own

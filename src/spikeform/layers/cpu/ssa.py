@@ -46,7 +46,7 @@ def ssa_attention(
         if held is not None:
             held.keys, held.number = state, number
         out = layer.attend(q, k, v, seen, held)
-        if state is not None and held is not None:
+        if state is not None and held is not None and held.keys is not None:
             state.copy_(held.keys)
         return out
     q, k, v = (x if x.stride(-1) == 1 or size == 1 else x.contiguous() for x in (q, k, v))
@@ -54,9 +54,7 @@ def ssa_attention(
     gains = [gain.float().contiguous() for gain in (query, key, value, output)]
     seen = None if seen is None else seen.contiguous()
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    sizes = array(
-        "q", (batch, heads, groups, length, size, steps, *strides, KINDS[q.dtype], hard, signed, normalise)
-    )
+    sizes = array("q", (batch, heads, groups, length, size, steps, *strides, KINDS[q.dtype], hard, signed, normalise))
     run(
         sizes.buffer_info()[0],
         q.data_ptr(),
