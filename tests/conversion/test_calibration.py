@@ -56,6 +56,15 @@ def test_texts_longer_than_the_context_are_split(model):
     assert max(b.shape[1] for b in windows(model, torch.zeros(1, 2000, dtype=torch.long), None)[0]) == MAX_WINDOW
 
 
+def test_a_wide_model_takes_fewer_windows_at_once(model, monkeypatch):
+    ids = torch.arange(3, 103).repeat(9)[: 20 * families.CONTEXT // 2].view(10, -1)
+    assert [len(b) for b in windows(model, ids, None)[0]] == [8, 2]
+    monkeypatch.setattr("spikeform.conversion.data.ELEMENTS", 3 * ids.shape[1] * model.config.hidden_size)
+    batches = windows(model, ids, None)[0]
+    assert [len(b) for b in batches] == [3, 3, 3, 1]
+    assert torch.equal(torch.cat(batches), ids)
+
+
 @pytest.mark.parametrize(
     ("calibration", "tokenizer", "message"),
     [

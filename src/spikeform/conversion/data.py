@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from spikeform.errors import CalibrationError
 
 MAX_WINDOW = 512
+ABREAST, ELEMENTS = 8, 1 << 23  # windows, and elements of a hidden state, in a batch: a 7B model has 4 of 512 tokens
 SAMPLED_SEQUENCES, SAMPLED_LENGTH, SAMPLE_SEED = 16, 128, 0
 
 
@@ -58,7 +59,7 @@ def windows(model: PreTrainedModel, calibration: Any, tokenizer: Any) -> tuple[l
                 "was another model's tokenizer used?"
             )
     described = {"source": source, "sequences": len(parts), "tokens": sum(p.numel() for p in parts)}
-    return _batched(parts), described
+    return _batched(parts, _embedding(model).embedding_dim), described
 
 
 def _tokenize(texts: Sequence[str] | str, tokenizer: Any) -> list[Tensor]:
@@ -72,12 +73,16 @@ def _tokenize(texts: Sequence[str] | str, tokenizer: Any) -> list[Tensor]:
     return [torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long) for text in texts if text.strip()]
 
 
-def _batched(parts: list[Tensor], size: int = 8) -> list[Tensor]:
-    """Windows of one length side by side, so that no padding is needed."""
+def _batched(parts: list[Tensor], width: int) -> list[Tensor]:
+    """Windows of one length side by side, so that no padding is needed: at most 8, fewer in a wide model."""
     groups: dict[int, list[Tensor]] = {}
     for part in parts:
         groups.setdefault(len(part), []).append(part.long())
-    return [torch.stack(g[i : i + size]) for _, g in sorted(groups.items()) for i in range(0, len(g), size)]
+    found = []
+    for length, rows in sorted(groups.items()):
+        size = max(1, min(ABREAST, ELEMENTS // (length * width)))
+        found += [torch.stack(rows[i : i + size]) for i in range(0, len(rows), size)]
+    return found
 
 
 def _embedding(model: PreTrainedModel) -> nn.Embedding:
