@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,21 @@ def tiny_llama():
         return LlamaForCausalLM(config).eval()
 
     return make
+
+
+@pytest.fixture(params=["no library", 0, 1, 2])
+def machine(request, monkeypatch):
+    """Runs a test on PyTorch's operations, and on each instruction set that this machine has."""
+    native = import_module("spikeform.native.library")  # the package has a function of this name
+    native.function.cache_clear()
+    before = native.level()
+    if request.param == "no library":
+        monkeypatch.setattr(native, "_load", lambda: (None, "none is wanted"))
+        native.function.cache_clear()
+    elif native.level(request.param) != request.param:
+        native.level(before)
+        pytest.skip("this machine, or its library, has no such instruction set")
+    yield request.param
+    monkeypatch.undo()
+    native.function.cache_clear()
+    native.level(before)

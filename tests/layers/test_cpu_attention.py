@@ -1,7 +1,5 @@
 """CPU attention on codes against the layer itself, on each instruction set and without the library."""
 
-from importlib import import_module
-
 import pytest
 import torch
 
@@ -12,27 +10,9 @@ from spikeform.neurons.oat import ROUNDINGS
 from spikeform.spikes import Radix2
 from spikeform.synapses import dispatch
 
-native = import_module("spikeform.native.library")  # the package has a function of this name
 REAL = [torch.float32, torch.bfloat16]
 # B, H, G, L, S, E
 SIZES = [(1, 8, 2, 1, 37, 64), (2, 3, 3, 5, 5, 24), (2, 6, 1, 7, 70, 80), (1, 4, 4, 1, 1, 7), (1, 4, 2, 33, 65, 16)]
-
-
-@pytest.fixture(params=["no library", 0, 1, 2])
-def machine(request, monkeypatch):
-    """Runs a test on PyTorch's operations, and on each instruction set that this machine has."""
-    native.function.cache_clear()
-    before = native.level()
-    if request.param == "no library":
-        monkeypatch.setattr(native, "_load", lambda: (None, "none is wanted"))
-        native.function.cache_clear()
-    elif native.level(request.param) != request.param:
-        native.level(before)
-        pytest.skip("this machine, or its library, has no such instruction set")
-    yield request.param
-    monkeypatch.undo()
-    native.function.cache_clear()
-    native.level(before)
 
 
 def real(shape, dtype=torch.float32, seed=0):

@@ -1,7 +1,5 @@
 """Spiking self-attention as one CPU operator against its neurons and products, on each instruction set."""
 
-from importlib import import_module
-
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache
@@ -15,7 +13,6 @@ from spikeform.layers.state_cache import StateLayer
 from spikeform.native import library
 from spikeform.spikes.trace import observe
 
-native = import_module("spikeform.native.library")  # the package has a function of this name
 # B, H, G, L, E: whole vectors and words of bits or not, one position and more than a task takes at once
 SIZES = [(2, 4, 2, 1, 64), (1, 3, 3, 33, 80), (2, 6, 2, 70, 7), (1, 4, 1, 9, 200), (3, 2, 2, 40, 16)]
 OPTIONS = {
@@ -24,23 +21,6 @@ OPTIONS = {
     "soft": {"signed": True, "reset": "soft", "tau": 1.0},
     "tau": {"tau": 3.0, "reset": "soft"},
 }
-
-
-@pytest.fixture(params=["no library", 0, 1, 2])
-def machine(request, monkeypatch):
-    """Runs a test on PyTorch's operations, and on each instruction set that this machine has."""
-    native.function.cache_clear()
-    before = native.level()
-    if request.param == "no library":
-        monkeypatch.setattr(native, "_load", lambda: (None, "none is wanted"))
-        native.function.cache_clear()
-    elif native.level(request.param) != request.param:
-        native.level(before)
-        pytest.skip("this machine, or its library, has no such instruction set")
-    yield request.param
-    monkeypatch.undo()
-    native.function.cache_clear()
-    native.level(before)
 
 
 def made(size, steps=3, **options):

@@ -1,7 +1,5 @@
 """CPU operators of neurons against the neurons themselves, on each instruction set and without the library."""
 
-from importlib import import_module
-
 import pytest
 import torch
 
@@ -10,26 +8,8 @@ from spikeform.neurons.functions import FUNCTIONS
 from spikeform.neurons.oat import ROUNDINGS
 from spikeform.spikes import Radix2
 
-native = import_module("spikeform.native.library")  # the package has a function of this name
 SHAPES = [(1, 64), (3, 7, 129), (5, 1), (0, 16), (2, 700)]
 REAL = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=["no library", 0, 1, 2])
-def machine(request, monkeypatch):
-    """Runs a test on PyTorch's operations, and on each instruction set that this machine has."""
-    native.function.cache_clear()
-    before = native.level()
-    if request.param == "no library":
-        monkeypatch.setattr(native, "_load", lambda: (None, "none is wanted"))
-        native.function.cache_clear()
-    elif native.level(request.param) != request.param:
-        native.level(before)
-        pytest.skip("this machine, or its library, has no such instruction set")
-    yield request.param
-    monkeypatch.undo()
-    native.function.cache_clear()
-    native.level(before)
 
 
 def inputs(shape, dtype=torch.float32, scale=1.0, seed=0):

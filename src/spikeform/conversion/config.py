@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, field, fields
 from typing import Any, ClassVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -83,6 +83,25 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a config; the help text feeds command lines and recipe checkers."""
+    return field(default=default, metadata={"help": help})
+
+
+def patterns(name: str, value: Any) -> tuple[str, ...]:
+    """``value`` as a tuple of module name patterns; else :class:`ConfigError`."""
+    if not isinstance(value, list | tuple) or not all(isinstance(pattern, str) for pattern in value):
+        raise ConfigError(f"{name} must be a list of module name patterns, got {value!r}")
+    return tuple(value)
+
+
+def switches(config: Any, *names: str) -> None:
+    """Raise :class:`ConfigError` unless these options of ``config`` are true or false."""
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ConfigError(f"{name} must be true or false, got {getattr(config, name)!r}")
 
 
 def choice(name: str, value: Any, allowed: tuple) -> None:

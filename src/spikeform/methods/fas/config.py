@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-from spikeform.conversion.config import MethodConfig, choice, is_real
+from spikeform.conversion.config import MethodConfig, choice, is_real, option, patterns, switches
 from spikeform.conversion.options import whole
 from spikeform.errors import ConfigError
 
 MAX_STEPS, MAX_LEVELS = 64, 16
-
-
-def _option(default: Any, help: str) -> Any:  # the help text feeds command lines and recipe checkers
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(eq=True, repr=True)
@@ -48,18 +44,18 @@ class FAS(MethodConfig):
 
     quant_method: ClassVar[str] = "spikeform_fas"  # type: ignore[misc]
 
-    steps: int = _option(8, "time steps T, 0 to 64; 0 is the QCFS network")
-    levels: int = _option(8, "levels L of QCFS, 1 to 16")
-    sites: str = _option("feed_forward", "feed_forward or all")
-    gated: str = _option("activation", "activation or product")
-    per_channel: bool = _option(False, "a QCFS threshold per channel")
-    granularity: str = _option("layer", "layer, channel or position")
-    positions: int | None = _option(None, "positions that granularity position knows")
-    operators: int | None = _option(None, "steps of few-spike operators, 1 to 16; none leaves them real")
-    threshold: float | None = _option(None, "QCFS threshold of every neuron; none finds each from data")
-    surrogate: float = _option(1.0, "half width of the surrogate triangle, in thresholds")
-    skip: tuple[str, ...] = _option((), "module name patterns that stay dense")
-    version: int = _option(1, "format of this config")
+    steps: int = option(8, "time steps T, 0 to 64; 0 is the QCFS network")
+    levels: int = option(8, "levels L of QCFS, 1 to 16")
+    sites: str = option("feed_forward", "feed_forward or all")
+    gated: str = option("activation", "activation or product")
+    per_channel: bool = option(False, "a QCFS threshold per channel")
+    granularity: str = option("layer", "layer, channel or position")
+    positions: int | None = option(None, "positions that granularity position knows")
+    operators: int | None = option(None, "steps of few-spike operators, 1 to 16; none leaves them real")
+    threshold: float | None = option(None, "QCFS threshold of every neuron; none finds each from data")
+    surrogate: float = option(1.0, "half width of the surrogate triangle, in thresholds")
+    skip: tuple[str, ...] = option((), "module name patterns that stay dense")
+    version: int = option(1, "format of this config")
 
     def check(self) -> None:
         """Every option in its range; lists become tuples."""
@@ -68,8 +64,7 @@ class FAS(MethodConfig):
         choice("sites", self.sites, ("feed_forward", "all"))
         choice("gated", self.gated, ("activation", "product"))
         choice("granularity", self.granularity, ("layer", "channel", "position"))
-        if not isinstance(self.per_channel, bool):
-            raise ConfigError(f"per_channel must be true or false, got {self.per_channel!r}")
+        switches(self, "per_channel")
         if self.operators is not None:
             whole("operators", self.operators, 1, 16)
         if (self.granularity == "position") != (self.positions is not None):
@@ -83,6 +78,4 @@ class FAS(MethodConfig):
                 f"surrogate must be a finite number of at least 0.5 (below it gradients grow from step to step), got "
                 f"{self.surrogate!r}"
             )
-        if not isinstance(self.skip, list | tuple) or not all(isinstance(pattern, str) for pattern in self.skip):
-            raise ConfigError(f"skip must be a list of module name patterns, got {self.skip!r}")
-        self.skip = tuple(self.skip)
+        self.skip = patterns("skip", self.skip)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import frexp
 from typing import Any, ClassVar
 
-from spikeform.conversion.config import MethodConfig, choice, is_real
+from spikeform.conversion.config import MethodConfig, choice, is_real, option, patterns, switches
 from spikeform.errors import ConfigError
 from spikeform.neurons.oat import ROUNDINGS
 from spikeform.spikes import Coding, MultiThreshold, Radix2, SignedDigit
@@ -21,10 +21,6 @@ def check_powers_of_two(name: str, values: tuple[float, ...]) -> None:
     """Raise :class:`ConfigError` unless all ``values`` given for ``name`` are powers of two."""
     if any(frexp(v)[0] != 0.5 for v in values):
         raise ConfigError(f"thresholds[{name!r}] must be powers of two with units='power_of_two', got {values!r}")
-
-
-def _option(default: Any, help: str) -> Any:  # the help text feeds command lines and recipe checkers
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(eq=True, repr=True)
@@ -66,25 +62,25 @@ class LAS(MethodConfig):
 
     quant_method: ClassVar[str] = "spikeform_las"  # type: ignore[misc]
 
-    steps: int = _option(16, "time steps T, 1 to 16")
-    coding: str = _option("radix2", "radix2, signed_digit or multi_threshold")
-    levels: int = _option(2, "sub-levels a step of multi_threshold: 2 or 4")
-    rounding: str = _option("nearest", "nearest, floor or strict")
-    outlier: bool = _option(True, "two thresholds a site (OAT) or one (MT)")
-    threshold: str = _option("least_error", "least_error or quantile")
-    quantile: float = _option(0.999, "share of inputs below the normal threshold")
-    margin: float = _option(2.0, "largest threshold over the largest calibration input")
-    per_channel: bool = _option(False, "power-of-two threshold scale per input channel, folded into the weights")
-    nonlinear: str = _option("fixed_point", "fixed_point or few_spike")
-    softmax: bool = _option(True, "softmax by HG neurons")
-    norms: bool = _option(True, "LayerNorm and RMSNorm by HG neurons")
-    activations: bool = _option(True, "activation functions by HG neurons")
-    lm_head: bool = _option(False, "make the output head spiking")
-    skip: tuple[str, ...] = _option((), "module name patterns that stay dense")
-    units: str = _option("free", "free, or power_of_two thresholds where trains meet weights, keys or values")
-    weight_bits: int = _option(16, "16: real weights; 8: int8 weights, one scale an output row")
-    thresholds: dict[str, tuple[float, ...]] | None = _option(None, "given thresholds by role or site pattern")
-    version: int = _option(1, "format of this config")
+    steps: int = option(16, "time steps T, 1 to 16")
+    coding: str = option("radix2", "radix2, signed_digit or multi_threshold")
+    levels: int = option(2, "sub-levels a step of multi_threshold: 2 or 4")
+    rounding: str = option("nearest", "nearest, floor or strict")
+    outlier: bool = option(True, "two thresholds a site (OAT) or one (MT)")
+    threshold: str = option("least_error", "least_error or quantile")
+    quantile: float = option(0.999, "share of inputs below the normal threshold")
+    margin: float = option(2.0, "largest threshold over the largest calibration input")
+    per_channel: bool = option(False, "power-of-two threshold scale per input channel, folded into the weights")
+    nonlinear: str = option("fixed_point", "fixed_point or few_spike")
+    softmax: bool = option(True, "softmax by HG neurons")
+    norms: bool = option(True, "LayerNorm and RMSNorm by HG neurons")
+    activations: bool = option(True, "activation functions by HG neurons")
+    lm_head: bool = option(False, "make the output head spiking")
+    skip: tuple[str, ...] = option((), "module name patterns that stay dense")
+    units: str = option("free", "free, or power_of_two thresholds where trains meet weights, keys or values")
+    weight_bits: int = option(16, "16: real weights; 8: int8 weights, one scale an output row")
+    thresholds: dict[str, tuple[float, ...]] | None = option(None, "given thresholds by role or site pattern")
+    version: int = option(1, "format of this config")
 
     def check(self) -> None:
         """Every option in its range; lists become tuples."""
@@ -101,16 +97,12 @@ class LAS(MethodConfig):
         choice("weight_bits", self.weight_bits, (8, 16))
         if self.units == "power_of_two" and self.coding == "multi_threshold":
             raise ConfigError("units='power_of_two' needs a code for every integer: multi_threshold has gaps")
-        for name in ("outlier", "per_channel", "softmax", "norms", "activations", "lm_head"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        switches(self, "outlier", "per_channel", "softmax", "norms", "activations", "lm_head")
         if not is_real(self.quantile) or not 0 < self.quantile <= 1:
             raise ConfigError(f"quantile must be above 0 and at most 1, got {self.quantile!r}")
         if not is_real(self.margin) or not 0 < self.margin < float("inf"):
             raise ConfigError(f"margin must be a finite number above 0, got {self.margin!r}")
-        if not isinstance(self.skip, list | tuple) or not all(isinstance(pattern, str) for pattern in self.skip):
-            raise ConfigError(f"skip must be a list of module name patterns, got {self.skip!r}")
-        self.skip = tuple(self.skip)
+        self.skip = patterns("skip", self.skip)
         if self.thresholds is not None:
             if not isinstance(self.thresholds, dict) or not all(isinstance(k, str) for k in self.thresholds):
                 raise ConfigError(f"thresholds must map roles or site patterns to numbers, got {self.thresholds!r}")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-from spikeform.conversion.config import MethodConfig, choice, is_real
+from spikeform.conversion.config import MethodConfig, choice, is_real, option
 from spikeform.conversion.options import real, whole
 from spikeform.errors import ConfigError
 
 REAL = 16  # the number of bits that stands for real values
 STEPS = (1, 2, 4, 8)
 LISTS = ("skip", "weight_steps", "weight_salient")
-
-
-def _option(default: Any, help: str) -> Any:  # the help text feeds command lines and recipe checkers
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(eq=True, repr=True)
@@ -80,41 +76,41 @@ class SpikeLLM(MethodConfig):
 
     quant_method: ClassVar[str] = "spikeform_spikellm"  # type: ignore[misc]
 
-    pipeline: str = _option("omniquant", "omniquant, gptq or rtn")
-    bits: int = _option(4, "bits of a neuron's step, 2 to 8; 16 is real activations")
-    weight_bits: int = _option(4, "bits of a weight's step, 1 to 8; 16 is real weights")
-    steps: int = _option(2, "T of salient channels: 1, 2, 4 or 8")
-    salient: float = _option(0.1, "share of salient channels")
-    saliency: str = _option("obs", "obs, diagonal, magnitude, random or none")
-    allocation: str = _option("fraction", "fraction, budget, sensitivity or energy")
-    budget: float = _option(1.1, "operations (energy: spikes) over those of T = 1")
-    masks: str = _option("own", "own or shared")
-    signed: bool = _option(True, "spikes of both signs, silent at zero")
-    form: str = _option("unified", "unified or official")
-    span: str = _option("shared", "shared or separate")
-    key_axis: str = _option("token", "token or channel")
-    attention: bool = _option(True, "queries, keys, values and probabilities as spikes")
-    probability_bits: int = _option(16, "bits of attention probabilities, 4 to 16")
-    lm_head: str = _option("real", "output head: real or int8")
-    weight_form: str = _option("affine", "affine, ternary or partial_binary")
-    weight_steps: tuple[int, ...] = _option((1,), "T of each tier of weights, rising")
-    weight_salient: tuple[float, ...] = _option((), "shares of the channels of every tier but the first")
-    rotate: bool = _option(False, "rotate the residual stream")
-    rotate_heads: bool = _option(True, "with rotate, also values, queries and keys of each head")
-    lwc: bool | None = _option(None, "learn weight clipping")
-    let: bool | None = _option(None, "equivalent transformation")
-    epochs: int = _option(10, "epochs of omniquant")
-    batch_size: int = _option(1, "sequences of one step of omniquant")
-    lwc_lr: float = _option(0.1, "learning rate of clipping")
-    let_lr: float = _option(0.02, "learning rate of the equivalent transformation")
-    alpha: float = _option(0.5, "exponent of the activations in the transformation's start")
-    damp: float = _option(0.01, "damping of GPTQ, over the mean diagonal")
-    block_size: int = _option(128, "columns at a time of GPTQ")
-    act_order: bool = _option(True, "GPTQ takes columns by falling activation")
-    sweeps: int = _option(2, "GPTQ's rounds of scales and coordinate descent after its pass")
-    seed: int = _option(0, "of random masks, rotation and training")
-    skip: tuple[str, ...] = _option((), "module name patterns that stay dense")
-    version: int = _option(1, "format of this config")
+    pipeline: str = option("omniquant", "omniquant, gptq or rtn")
+    bits: int = option(4, "bits of a neuron's step, 2 to 8; 16 is real activations")
+    weight_bits: int = option(4, "bits of a weight's step, 1 to 8; 16 is real weights")
+    steps: int = option(2, "T of salient channels: 1, 2, 4 or 8")
+    salient: float = option(0.1, "share of salient channels")
+    saliency: str = option("obs", "obs, diagonal, magnitude, random or none")
+    allocation: str = option("fraction", "fraction, budget, sensitivity or energy")
+    budget: float = option(1.1, "operations (energy: spikes) over those of T = 1")
+    masks: str = option("own", "own or shared")
+    signed: bool = option(True, "spikes of both signs, silent at zero")
+    form: str = option("unified", "unified or official")
+    span: str = option("shared", "shared or separate")
+    key_axis: str = option("token", "token or channel")
+    attention: bool = option(True, "queries, keys, values and probabilities as spikes")
+    probability_bits: int = option(16, "bits of attention probabilities, 4 to 16")
+    lm_head: str = option("real", "output head: real or int8")
+    weight_form: str = option("affine", "affine, ternary or partial_binary")
+    weight_steps: tuple[int, ...] = option((1,), "T of each tier of weights, rising")
+    weight_salient: tuple[float, ...] = option((), "shares of the channels of every tier but the first")
+    rotate: bool = option(False, "rotate the residual stream")
+    rotate_heads: bool = option(True, "with rotate, also values, queries and keys of each head")
+    lwc: bool | None = option(None, "learn weight clipping")
+    let: bool | None = option(None, "equivalent transformation")
+    epochs: int = option(10, "epochs of omniquant")
+    batch_size: int = option(1, "sequences of one step of omniquant")
+    lwc_lr: float = option(0.1, "learning rate of clipping")
+    let_lr: float = option(0.02, "learning rate of the equivalent transformation")
+    alpha: float = option(0.5, "exponent of the activations in the transformation's start")
+    damp: float = option(0.01, "damping of GPTQ, over the mean diagonal")
+    block_size: int = option(128, "columns at a time of GPTQ")
+    act_order: bool = option(True, "GPTQ takes columns by falling activation")
+    sweeps: int = option(2, "GPTQ's rounds of scales and coordinate descent after its pass")
+    seed: int = option(0, "of random masks, rotation and training")
+    skip: tuple[str, ...] = option((), "module name patterns that stay dense")
+    version: int = option(1, "format of this config")
 
     def check(self) -> None:
         """Every option in its range; lists become tuples."""

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-from spikeform.conversion.config import MethodConfig, choice, is_real
+from spikeform.conversion.config import MethodConfig, choice, is_real, option, patterns, switches
 from spikeform.conversion.options import whole
 from spikeform.errors import ConfigError
 from spikeform.neurons.signed_integer import SPIKES
-
-
-def _option(default: Any, help: str) -> Any:  # the help text feeds command lines and recipe checkers
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(eq=True, repr=True)
@@ -41,25 +37,23 @@ class SpikingMamba(MethodConfig):
 
     quant_method: ClassVar[str] = "spikeform_spiking_mamba"  # type: ignore[misc]
 
-    steps: int = _option(4, "range D of the integers, and ternary steps, 1 to 16")
-    spikes: str = _option("signed", "signed, unsigned or binary")
-    threshold: float | None = _option(None, "threshold of every neuron; none finds each from data")
-    per_channel: bool = _option(False, "a threshold per input channel, folded into the weights")
-    alpha: float = _option(1.0, "height of the surrogate gradient")
-    conv: bool = _option(False, "also encode what goes into the causal convolution")
-    lm_head: bool = _option(False, "also encode the output head's input")
-    weight_bits: int = _option(16, "16: real weights; 8: int8 weights, one scale an output row")
-    skip: tuple[str, ...] = _option((), "module name patterns that stay dense")
-    version: int = _option(1, "format of this config")
+    steps: int = option(4, "range D of the integers, and ternary steps, 1 to 16")
+    spikes: str = option("signed", "signed, unsigned or binary")
+    threshold: float | None = option(None, "threshold of every neuron; none finds each from data")
+    per_channel: bool = option(False, "a threshold per input channel, folded into the weights")
+    alpha: float = option(1.0, "height of the surrogate gradient")
+    conv: bool = option(False, "also encode what goes into the causal convolution")
+    lm_head: bool = option(False, "also encode the output head's input")
+    weight_bits: int = option(16, "16: real weights; 8: int8 weights, one scale an output row")
+    skip: tuple[str, ...] = option((), "module name patterns that stay dense")
+    version: int = option(1, "format of this config")
 
     def check(self) -> None:
         """Every option in its range; lists become tuples."""
         whole("steps", self.steps, 1, 16)
         choice("spikes", self.spikes, SPIKES)
         choice("weight_bits", self.weight_bits, (8, 16))
-        for name in ("per_channel", "conv", "lm_head"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        switches(self, "per_channel", "conv", "lm_head")
         for name in ("threshold", "alpha"):
             value = getattr(self, name)
             if not (name == "threshold" and value is None) and not (is_real(value) and 0 < value < float("inf")):
@@ -68,6 +62,4 @@ class SpikingMamba(MethodConfig):
             raise ConfigError(f"binary spikes have one step: set steps=1, got {self.steps}")
         if self.conv and self.weight_bits == 8:
             raise ConfigError("conv=True needs weight_bits=16: the layer before the convolution has real weights")
-        if not isinstance(self.skip, list | tuple) or not all(isinstance(pattern, str) for pattern in self.skip):
-            raise ConfigError(f"skip must be a list of module name patterns, got {self.skip!r}")
-        self.skip = tuple(self.skip)
+        self.skip = patterns("skip", self.skip)
