@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 import families
 import spikeform
 from families import difference
-from spikeform.errors import ConversionError, DamagedCheckpointError
+from spikeform.errors import ConversionError, DamagedCheckpointError, SpikeformError
 from spikeform.layers import SpikingLinear
 from spikeform.layers.self_attention import SpikingSelfAttention
 from spikeform.layers.state_cache import StateLayer
@@ -181,3 +181,11 @@ def test_a_feed_forward_code_keeps_the_negative_lobe():
         codes = layer.neuron(x).codes
     assert int(codes.min()) < 0 < int(codes.max())
     assert type(model.transformer.h[0].mlp.act) is type(dense.transformer.h[0].mlp.act)
+
+
+def test_what_it_does_not_know_is_refused():
+    with pytest.raises(ConversionError, match="all layers"):
+        spikeform.convert(families.build("gpt2"), spikeform.NeuTransformer(skip=("*h.0.attn*",)), IDS)
+    packed = torch.arange(9).repeat(1, 2)
+    with pytest.raises(SpikeformError, match="packed sequences"):
+        logits_of(spiking_of("llama"), IDS[:1], position_ids=packed, use_cache=False)

@@ -285,8 +285,8 @@ def attention_forward(
     """
     spiking = getattr(module, "spiking", None)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if spiking is None or getattr(spiking, "paused", False):
-        eager = _eager_of(type(module))
+    if spiking is None:
+        eager = eager_of(type(module))
         return eager(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     for option in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(option) is not None:
@@ -294,7 +294,7 @@ def attention_forward(
     return spiking(query, key, value, attention_mask, scaling), None
 
 
-def _eager_of(kind: type) -> Any:
+def eager_of(kind: type) -> Any:
     """The eager attention function of the family that ``kind`` comes from (its own, or a base class's, module)."""
     for base in kind.__mro__:
         eager = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)

@@ -14,8 +14,8 @@ from spikeform.conversion.kinds import feed_forward_pairs, heads_of
 from spikeform.conversion.report import ConversionReport
 from spikeform.errors import ConversionError
 from spikeform.layers import SpikingLinear
-from spikeform.layers.attention import NAME, install
-from spikeform.layers.self_attention import SpikingSelfAttention
+from spikeform.layers.attention import install
+from spikeform.layers.self_attention import NAME, SpikingSelfAttention
 from spikeform.methods.neutransformer.config import NeuTransformer
 from spikeform.methods.neutransformer.models import become
 from spikeform.neurons import SignedInteger
@@ -41,6 +41,10 @@ def prepare(model: PreTrainedModel, config: NeuTransformer) -> ConversionReport:
     if getattr(text, "add_cross_attention", False):
         raise ConversionError(f"{type(model).__name__} attends to an encoder; spiking self-attention does not")
     builder = _Builder(model, config)
+    if skipped := builder.skipped_attention():
+        raise ConversionError(
+            f"skip names {skipped}: all layers of a model attend by spikes or none does, as its cache holds one form"
+        )
     for name, module, kind in walked(model, config.skip):
         builder.visit(name, module, kind)
     if any(row.kind == "attention" for row in builder.report.replaced):
@@ -65,6 +69,11 @@ class _Builder(Builder):
 
     def _skipped(self, name: str) -> bool:
         return any(fnmatch(name, pattern) for pattern in self.config.skip)
+
+    def skipped_attention(self) -> str | None:
+        """An attention layer that is to stay dense, or None."""
+        names = (name for name, module in self.model.named_modules() if type(module).__name__ in OUTPUT)
+        return next((name for name in names if self._skipped(name)), None)
 
     def stays_real(self, name: str, module: nn.Module, kind: str) -> str | None:
         """Why a module stays as it is, or None."""
