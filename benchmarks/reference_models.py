@@ -1,4 +1,8 @@
-"""Architectures of the embedded reference models, and how they are measured, rounded and saved."""
+"""Architectures of the reference models, and how they are measured, rounded and saved.
+
+All but two are embedded. gpt2-1m and gpt2-8m are gpt2 smaller and larger, for what should be seen at three sizes;
+`train_reference.py` makes them.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig
 
-NAMES = ("llama", "gpt2", "opt", "mamba2")
-VOCABULARY = {"llama": 8192, "gpt2": 3072, "opt": 3072, "mamba2": 3072}  # the last three share one tokenizer
-CONTEXT = {"llama": 1024, "gpt2": 512, "opt": 512, "mamba2": 512}  # of training; mamba2 has no limit of its own
+GPT2 = {"gpt2-1m": (3, 128), "gpt2": (5, 192), "gpt2-8m": (9, 256)}  # layers, width; the larger the deeper, as GPT-2's
+NAMES = ("llama", *GPT2, "opt", "mamba2")
+VOCABULARY = dict.fromkeys(NAMES, 3072) | {"llama": 8192}  # all but llama share one tokenizer
+CONTEXT = dict.fromkeys(NAMES, 512) | {"llama": 1024}  # of training; mamba2 has no limit of its own
 WINDOW = 512  # of the held-out protocol
 NO_LIMIT = int(1e30)  # what transformers writes for a tokenizer without a longest text
 
@@ -41,12 +46,13 @@ def build(name: str, bos: int, eos: int, pad: int) -> nn.Module:
             **special,
         )
         return hf.LlamaForCausalLM(config)
-    if name == "gpt2":
+    if name in GPT2:
+        layers, width = GPT2[name]
         config = hf.GPT2Config(
             vocab_size=VOCABULARY[name],
-            n_embd=192,
-            n_layer=5,
-            n_head=6,
+            n_embd=width,
+            n_layer=layers,
+            n_head=width // 32,
             n_positions=CONTEXT[name],
             resid_pdrop=0.0,
             embd_pdrop=0.0,

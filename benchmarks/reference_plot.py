@@ -13,8 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-NAMES = ("llama", "gpt2", "opt", "mamba2")
+from reference_models import NAMES
 
 
 def draw(results: Path, target: Path) -> None:

@@ -23,7 +23,7 @@ import reference_data as text
 import spiking_mamba_blimp as blimp
 import spiking_mamba_scan
 import torch
-from spiking_mamba_run import WINDOW, folder_of
+from method_runs import WINDOW, folder_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spikeform

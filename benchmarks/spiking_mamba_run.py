@@ -12,27 +12,18 @@ run again. Several processes, one file each, may share a GPU; spiking_mamba_tabl
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import reference_data as text
 import spiking_mamba_blimp as blimp
 import spiking_mamba_scan
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from method_runs import COUNTED, WINDOW, Bench, Point, folder_of, parser, run_missing
 
 import spikeform
-from spikeform import pretrained
 from spikeform.spikes.trace import Firing, Product, observe
-from spikeform.training import TrainOptions
 
-WINDOW, CALIBRATION_WINDOWS, COUNTED = 512, 128, 8192
 RANGES = (1, 2, 4, 8)
 DISTILLED: dict[str, Any] = {
     "window": WINDOW,
@@ -50,26 +41,9 @@ DISTILLED: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Point:
-    """One row.
-
-    Args:
-        group: What ``--only`` names.
-        config: Options of SpikingMamba; None: the dense model.
-        training: Changes to ``DISTILLED``; None: converted alone.
-        long: Trained with ``--long-steps``.
-    """
-
-    group: str
-    config: dict[str, Any] | None
-    training: dict[str, Any] | None = field(default=None)
-    long: bool = False
-
-
 def points() -> dict[str, Point]:
     """All of them, by name, the most wanted first."""
-    found = {"dense": Point("dense", None), "d4-long": Point("long", {"steps": 4}, {}, long=True)}
+    found = {"dense": Point("dense", None), "d4-long": Point("long", {"steps": 4}, {}, length=1)}
     kinds = [(spikes, steps) for spikes in ("signed", "unsigned") for steps in RANGES] + [("binary", 1)]
     for per_channel in (False, True):
         for spikes, steps in kinds:
@@ -88,11 +62,6 @@ def points() -> dict[str, Point]:
         "d4-text": Point("losses", {"steps": 4}, {"ce": 1.0, "distil": 0.0, "hidden": 0.0}),
     }
     return found
-
-
-def folder_of(model: str) -> Path:
-    """A folder as it is, or that of an embedded model."""
-    return Path(model) if Path(model).is_dir() else pretrained.path(model)
 
 
 class Rates:
@@ -117,26 +86,19 @@ class Rates:
         }
 
 
-class Bench:
-    """The dense model, the texts, and what every row is held against."""
+class MambaBench(Bench):
+    """Perplexity and BLiMP, beside the dense model's."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        data = text.data_folder(arguments.data)
-        self.arguments, self.folder = arguments, folder_of(arguments.model)
-        self.device = arguments.device
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        stream = text.encode_training(data, arguments.cache, len(self.tokenizer))
-        self.stream = torch.from_numpy(stream.astype("int64"))
-        held, _ = text.encode_held_out(data, self.tokenizer, "books")
-        self.held = torch.from_numpy(held[: arguments.tokens])
-        self.calibration = self.stream[: arguments.calibration * WINDOW].view(-1, WINDOW)
-        self.pairs = blimp.Pairs(data / "blimp.tar.xz", self.tokenizer, arguments.blimp)
-        self.dense = self.fresh()
+    method = spikeform.SpikingMamba
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        super().__init__(arguments, folder)
+        self.pairs = blimp.Pairs(self.data / "blimp.tar.xz", self.tokenizer, arguments.blimp)
         self.dense_answers = blimp.answers(self.dense, self.pairs)
 
-    def fresh(self) -> Any:
-        """The dense model, loaded again."""
-        return AutoModelForCausalLM.from_pretrained(self.folder).to(self.device).eval()
+    def options(self, point: Point) -> dict[str, Any]:
+        """Distilled."""
+        return DISTILLED
 
     def quality(self, model: Any) -> dict[str, Any]:
         """Perplexity, and for a spiking model its distance from the dense one; BLiMP, and the difference."""
@@ -150,8 +112,7 @@ class Bench:
 
     def cost(self, model: Any) -> dict[str, Any]:
         """Rates of every site, operations and ESTIMATED energy."""
-        ids = self.held[: min(COUNTED, len(self.held) // WINDOW * WINDOW)].view(-1, WINDOW).to(self.device)
-        rates = Rates()
+        ids, rates = self.counted(), Rates()
         with torch.no_grad(), observe(rates):
             for batch in ids.split(4):
                 model(input_ids=batch, use_cache=False)
@@ -163,45 +124,6 @@ class Bench:
         energy = {"estimated": ratios, "accountings": report.accountings}
         energy |= {"spikes_per_token": report.spikes_per_token, "accumulations_per_mac": report.accumulations_per_mac}
         return {"rates": rates.rows(), "energy": energy}
-
-    def run(self, name: str, point: Point, seed: int) -> dict[str, Any]:
-        """One row."""
-        started = time.monotonic()
-        row: dict[str, Any] = {"point": name, "group": point.group, "seed": seed, "config": point.config}
-        model = self.dense
-        if point.config is not None:
-            model = spikeform.convert(self.fresh(), spikeform.SpikingMamba(**point.config), self.calibration)
-        row["seconds"] = {"convert": round(time.monotonic() - started, 1)}
-        if point.training is not None:
-            steps = self.arguments.long_steps if point.long else self.arguments.steps
-            row |= self.distil(model, {**DISTILLED, **point.training, "steps": steps, "seed": seed})
-            row["seconds"]["train"] = round(time.monotonic() - started - row["seconds"]["convert"], 1)
-        begin = time.monotonic()
-        row |= self.quality(model)
-        if model is not self.dense:
-            row |= self.cost(model)
-        row["seconds"]["measure"] = round(time.monotonic() - begin, 1)
-        if self.arguments.save is not None and name in self.arguments.saved:
-            spikeform.save(model, self.arguments.save / f"{name}{f'-seed{seed}' if seed else ''}", self.tokenizer)
-        return row
-
-    def distil(self, model: Any, options: dict[str, Any]) -> dict[str, Any]:
-        """Train in place; returns the options and the curve."""
-        options |= {"bf16": self.device == "cuda", "save_every": options["steps"]}
-        options |= {"batch_size": self.arguments.batch_size or options["batch_size"]}
-        chosen = TrainOptions(**options, evaluate_every=max(1, options["steps"] // 4))
-        teacher = self.fresh() if chosen.distil or chosen.hidden else None
-        spikeform.train(
-            model, self.stream, self.tokenizer, chosen, valid=self.held[: 50 * WINDOW], teacher=teacher, progress=told
-        )
-        done: Any = model.spikeform_report.history[-1]
-        return {"training": chosen.to_dict(), "curve": done["curve"]}
-
-
-def told(point: dict[str, Any]) -> None:
-    """Show a point of the curve that has a held-out loss."""
-    if "perplexity" in point:
-        print("   ", {k: round(v, 4) for k, v in point.items() if isinstance(v, int | float)}, flush=True)
 
 
 def protocol(arguments: argparse.Namespace) -> str:
@@ -224,61 +146,20 @@ def summary(row: dict[str, Any]) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's arguments."""
-    known = points()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", default="mamba2", help="an embedded model, or a folder")
-    parser.add_argument("--data", type=Path, help="default: $SPIKEFORM_DATA, else ../shared/data")
-    parser.add_argument("--cache", type=Path, required=True, help="encoded training text, as of train_reference.py")
-    parser.add_argument("--only", nargs="+", choices=[*dict.fromkeys(p.group for p in known.values()), *known])
-    parser.add_argument("--steps", type=int, default=1000, help="of every distillation but the long one")
-    parser.add_argument("--long-steps", type=int, default=4000)
-    parser.add_argument("--batch-size", type=int, help="sequences a step; default: 32")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of distillations")
-    parser.add_argument("--tokens", type=int, default=100_000, help="of the held-out text")
-    parser.add_argument("--calibration", type=int, default=CALIBRATION_WINDOWS, help="windows")
-    parser.add_argument("--blimp", type=int, help="pairs of each paradigm; default: all")
-    parser.add_argument("--save", type=Path, help="folder for checkpoints of --saved")
-    parser.add_argument("--saved", nargs="*", default=["d4", "d4-long"])
-    parser.add_argument("--minutes", type=float, default=600.0, help="take up no new row after this")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(arguments)
+    found = parser(__doc__, points(), ["d4", "d4-long"])
+    found.add_argument("--model", default="mamba2", help="an embedded model, or a folder")
+    found.add_argument("--blimp", type=int, help="pairs of each paradigm; default: all")
+    return found.parse_args(arguments)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Run what is missing from the file."""
-    begin = time.monotonic()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     spiking_mamba_scan.install()
-    bench = Bench(arguments)
-    result: dict[str, Any] = {"rows": []}
-    if arguments.out.exists():
-        result = json.loads(arguments.out.read_text(encoding="utf-8"))
-        if result["protocol"] != protocol(arguments):
-            raise SystemExit(f"{arguments.out} is of another protocol: {result['protocol']}; give another --out")
-    hardware = torch.cuda.get_device_name() if bench.device == "cuda" else f"CPU {platform.machine()}"
-    result |= {
-        "protocol": protocol(arguments),
-        "hardware": hardware,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-    have = {(row["point"], row["seed"]) for row in result["rows"]}
-    print(f"texts and dense model after {time.monotonic() - begin:.0f} s", flush=True)
-    for seed in arguments.seeds:
-        for name, point in points().items():
-            wanted = arguments.only is None or {name, point.group} & set(arguments.only)
-            drawn = seed == arguments.seeds[0] or point.training is not None  # a conversion draws nothing
-            if not wanted or not drawn or (name, seed) in have:
-                continue
-            if time.monotonic() - begin > 60 * arguments.minutes:
-                print(f"time is up: {name} and what follows are missing", flush=True)
-                return
-            row = bench.run(name, point, seed)
-            result["rows"].append(row)
-            partial = arguments.out.with_suffix(".partial")
-            partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-            partial.replace(arguments.out)
-            print(f"{summary(row)}; {time.monotonic() - begin:.0f} s in all", flush=True)
+
+    def bench_of(_: str | None) -> MambaBench:
+        return MambaBench(arguments, folder_of(arguments.model))
+
+    run_missing(arguments, points(), protocol(arguments), bench_of, summary)
 
 
 if __name__ == "__main__":

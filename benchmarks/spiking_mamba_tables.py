@@ -15,14 +15,13 @@ from typing import Any
 
 import readme_block
 from fas_costs import table
+from method_tables import Row, Rows, budget, of, question_lines, ratio, ratio_cell, read_rows, verdict, where
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PREFERENCE = "spiking-mamba-preference.json"
 BEGIN, END = "<!-- spiking-mamba: begin (benchmarks/spiking_mamba_tables.py) -->", "<!-- spiking-mamba: end -->"
 HEADLINE, PERPLEXITY_BAR, BLIMP_BAR, TUNED_BAR = "d4-long", 1.10, 2.0, 1.02
-Row = dict[str, Any]
-Rows = dict[tuple[str, int], Row]
 
 TITLES = {
     "d4-long": "D = 4, longer",
@@ -75,21 +74,7 @@ figure of the paper, whose models are larger and whose settings are not publishe
 
 def load() -> tuple[list[dict[str, Any]], Rows]:
     """All files, and their rows by point and seed."""
-    files = [path for path in sorted(RESULTS.glob("spiking-mamba*.json")) if path.name != PREFERENCE]
-    data = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    if len({one["protocol"] for one in data}) > 1:
-        raise SystemExit(f"{', '.join(path.name for path in files)} are of several protocols: they fit no one table")
-    return data, {(row["point"], row["seed"]): row for one in data for row in one["rows"]}
-
-
-def of(rows: Rows, name: str) -> list[Row]:
-    """A point's rows, a seed each."""
-    return [row for (point, _), row in sorted(rows.items()) if point == name]
-
-
-def ratio(row: Row) -> float:
-    """Perplexity over the dense model's."""
-    return row["text"]["perplexity_ratio"]
+    return read_rows([path for path in sorted(RESULTS.glob("spiking-mamba*.json")) if path.name != PREFERENCE])
 
 
 def lost(row: Row) -> str:
@@ -101,7 +86,7 @@ def lost(row: Row) -> str:
 def measured(row: Row) -> list[str]:
     """Quality and rates."""
     found, every = row["text"], row["rates"]["all"]
-    cells = [f"{found['perplexity']:.2f}", f"{ratio(row):.4f} ± {found['ratio_stderr']:.4f}", f"{found['kl']:.4f}"]
+    cells = [f"{found['perplexity']:.2f}", ratio_cell(row), f"{found['kl']:.4f}"]
     cells += [f"{100 * row['blimp']['acc']:.2f}", lost(row), f"{every['spikes']:.3f}", f"{every['density']:.3f}"]
     return cells
 
@@ -129,24 +114,6 @@ def bars(rows: Rows, tuned: dict[str, Any] | None) -> list[str]:
     return table(["asked", "found", ""], found)
 
 
-def verdict(yes: bool) -> str:
-    """Yes or no."""
-    return "yes" if yes else "**no**"
-
-
-def question_lines(rows: Rows) -> list[str]:
-    """Comparisons at equal budget: mean over the seeds that both have."""
-    found = []
-    for title, low, high in QUESTIONS:
-        seeds = [seed for point, seed in rows if point == low and (high, seed) in rows]
-        if seeds:
-            pairs = [(ratio(rows[low, seed]), ratio(rows[high, seed])) for seed in seeds]
-            means = [sum(side) / len(seeds) for side in zip(*pairs, strict=True)]
-            always = f"{sum(a < b for a, b in pairs)} of {len(seeds)}"
-            found.append([title, verdict(means[0] < means[1]), f"{means[0]:.4f}", f"{means[1]:.4f}", always])
-    return table(["asked", "", "ratio, first named", "second", "seeds that say so"], found)
-
-
 def converted_lines(rows: Rows) -> list[str]:
     """Without training."""
     found = []
@@ -167,8 +134,7 @@ def distilled_lines(rows: Rows) -> list[str]:
     found = []
     for name, title in TITLES.items():
         for row in of(rows, name):
-            budget = f"{row['training']['steps']:,} × {row['training']['batch_size']}"
-            found.append([title, budget, str(row["seed"]), *measured(row)])
+            found.append([title, budget(row), str(row["seed"]), *measured(row)])
     return table(["network", "steps × sequences of 512", "seed", *HEAD], found)
 
 
@@ -218,12 +184,6 @@ def preference_lines(tuned: dict[str, Any]) -> list[str]:
     return table(["run", *head], found)
 
 
-def where(data: dict[str, Any]) -> str:
-    """Protocol, hardware and versions in one line."""
-    versions = ", ".join(f"{name} {value}" for name, value in data["versions"].items())
-    return f"Protocol: {data['protocol']}. Hardware: {data['hardware']}. Versions: {versions}."
-
-
 def results(data: list[dict[str, Any]], rows: Rows, tuned: dict[str, Any] | None) -> str:
     """The text of docs/spiking_mamba_results.md."""
     dense = rows["dense", 0]
@@ -235,7 +195,7 @@ def results(data: list[dict[str, Any]], rows: Rows, tuned: dict[str, Any] | None
         f"{base}{100 * dense['blimp']['acc_stderr']:.2f}.",
         "",
     ]
-    lines += ["## What was asked", "", *bars(rows, tuned), *question_lines(rows), QUESTION_WORDS, ""]
+    lines += ["## What was asked", "", *bars(rows, tuned), *question_lines(rows, QUESTIONS), QUESTION_WORDS, ""]
     lines += ["## Converted, not trained", "", *converted_lines(rows)]
     lines += ["## Distilled", "", DISTILLED_WORDS, "", *distilled_lines(rows)]
     lines += ["## Where it fires", "", "D = 4, the longer run.", "", *rate_lines(rows)]

@@ -1,11 +1,12 @@
-"""Trains one of the embedded reference models from scratch, and writes its folder, loss curve and figures.
+"""Trains one of the reference models from scratch, and writes its folder, loss curve and figures.
 
     python benchmarks/train_reference.py --model llama --out DIR [--data DIR] [--minutes M] [--resume]
 
 The learning rate warms up, then falls along a cosine that ends when either --epochs or --minutes is reached,
 whichever comes first. The checkpoint with the lowest held-out loss (books/valid) is the one that is kept, and
-training stops early when that loss has risen for a while. llama, gpt2, opt and mamba2 learn to predict the next
-token, bert masked ones (bert_masked.py); mamba2 scans by spiking_mamba_scan.py. Written into --out:
+training stops early when that loss has risen for a while. All learn to predict the next token, but bert masked ones
+(bert_masked.py); mamba2 scans by spiking_mamba_scan.py. gpt2-1m and gpt2-8m are trained as gpt2 was with --epochs
+21.235, --minutes long enough and --patience 1000: same text, tokens, batches, rates. Written into --out:
 
     NAME/                 the model folder, weights rounded to bfloat16
     reference-NAME.json   protocol, hardware, versions, loss curve, held-out figures of the saved weights

@@ -266,7 +266,7 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     **_: Any,
 ) -> Tensor | None:
-    """The mask that transformers makes for spiking self-attention: which keys are no padding, ``[B, 1, 1, S]``, or None.
+    """The mask of spiking self-attention: which keys are no padding, bool ``[B, 1, 1, S]``, or None: all.
 
     That no query sees a later key is in the attention itself, so nothing of size L x L is made.
 

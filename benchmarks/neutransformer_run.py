@@ -1,0 +1,225 @@
+"""NeuTransformer beside the dense models: three sizes of GPT-2, ablations on the middle one, LLaMA.
+
+    python benchmarks/neutransformer_run.py --data DIR --cache DIR --out benchmarks/results/neutransformer-quality.json
+        [--trained DIR] [--only sizes steps …] [--steps 400] [--long-steps 1000] [--save DIR]
+
+Protocol: the first 100,000 tokens of books/valid in windows of 512; thresholds and gains from 128 windows of the
+training text, on which attention is fine-tuned too, the dense model its teacher. gpt2-1m and gpt2-8m are not embedded:
+``train_reference.py --out DIR`` makes them, and --trained names that DIR. Rows are appended as they are finished, and
+what is in the file already is not run again. Several processes, one file each, may share a GPU;
+neutransformer_tables.py reads all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from method_runs import COUNTED, WINDOW, Bench, Point, parser, run_missing
+from torch import Tensor
+
+import spikeform
+from spikeform import pretrained
+from spikeform.layers.self_attention import SpikingSelfAttention
+
+SIZES, MIDDLE = ("gpt2-1m", "gpt2", "gpt2-8m"), "gpt2"
+MODELS = (*SIZES, "llama")
+STEPS, FFN_STEPS = (1, 2, 4, 8), (8, 16, 32)
+# Attention and the norm before it learn. The tied head is the embedding.
+FROZEN = {
+    "gpt2": ("*wte*", "*wpe*", "*.mlp.*", "*.ln_2.*", "*.ln_f.*"),
+    "llama": ("*embed_tokens*", "*.mlp.*", "*.post_attention_layernorm.*", "model.norm.*"),
+}
+OPEN = ("*wte*", "*wpe*")  # only these stay as they are
+TUNED: dict[str, Any] = {
+    "window": WINDOW,
+    "batch_size": 16,
+    "learning_rate": 1e-3,
+    "threshold_learning_rate": 1e-3,
+    "weight_decay": 0.01,
+    "warm_up": 0.05,
+    "schedule": "cosine",
+    "ce": 1.0,
+    "distil": 1.0,
+    "hidden": 1.0,
+    "hidden_distance": "cosine",
+    "layer_by_layer": 0.2,
+}
+BATCH = 16
+
+
+def points() -> dict[str, Point]:
+    """All of them, by name; of each group the most wanted first."""
+    found = {}
+    for model in (MIDDLE, *(m for m in MODELS if m != MIDDLE)):
+        group = "sizes" if model in SIZES else model
+        found[f"{model}-dense"] = Point(group, None, model=model)
+        found[f"{model}-converted"] = Point(group, {}, model=model)
+        found[model] = Point(group, {}, {}, length=1, model=model)
+
+    def add(group: str, name: str, config: dict[str, Any], training: dict[str, Any] | None, length: int = 0) -> None:
+        found[name] = Point(group, config, training, length, MIDDLE)
+
+    add("steps", "base", {}, {})
+    for steps in STEPS:
+        if steps != 4:
+            add("steps", f"t{steps}", {"steps": steps}, {})
+    add("neurons", "signed", {"spikes": "signed"}, {})
+    add("neurons", "sum", {"normalise": False}, {})
+    add("neurons", "soft", {"reset": "soft"}, {})
+    add("neurons", "arctan", {"surrogate": "arctan"}, {})
+    add("losses", "text", {}, {"distil": 0.0, "hidden": 0.0})
+    add("losses", "relative", {}, {"hidden_distance": "relative"})
+    add("losses", "logits", {}, {"hidden": 0.0})
+    add("losses", "teacher", {}, {"ce": 0.0})
+    add("losses", "aligned", {}, {"ce": 0.0, "distil": 0.0})
+    add("losses", "at-once", {}, {"layer_by_layer": 0.0})
+    kinds = {f"ffn{steps}": {"ffn_steps": steps} for steps in FFN_STEPS if steps != 16}
+    kinds |= {"ffn-relu": {"ffn": "relu_if"}, "ffn-none": {"ffn": "none"}}
+    for name, config in kinds.items():
+        add("ffn", name, config, {})
+        if name != "ffn-none":
+            add("ffn", f"{name}-converted", config, None)
+    for rate in (5e-4, 2e-3):
+        add("rates", f"rate-{rate:g}", {}, {"learning_rate": rate})
+    add("reach", "open", {}, {"freeze": OPEN}, 1)
+    add("reach", "open-signed", {"spikes": "signed"}, {"freeze": OPEN}, 1)
+    add("reach", "open-signed-long", {"spikes": "signed"}, {"freeze": OPEN}, 3)
+    add("reach", "open-signed-t8", {"spikes": "signed", "steps": 8}, {"freeze": OPEN}, 1)
+    for model in SIZES:
+        if model != MIDDLE:
+            found[f"{model}-open"] = Point("reach-sizes", {"spikes": "signed"}, {"freeze": OPEN}, 3, model)
+    return found
+
+
+class NeuBench(Bench):
+    """How close a spiking model is to the dense one, and what its attention costs."""
+
+    method = spikeform.NeuTransformer
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        super().__init__(arguments, folder)
+        self.windows = self.held[: len(self.held) // WINDOW * WINDOW].view(-1, WINDOW)
+        self.mean = self._mean()
+
+    def options(self, point: Point) -> dict[str, Any]:
+        """Fine-tuned, all but attention frozen."""
+        return TUNED | {"freeze": FROZEN[self.dense.config.model_type]}
+
+    def quality(self, model: Any) -> dict[str, Any]:
+        """Perplexity, accuracy, closeness to the dense model; where nothing was trained, also with dense attention."""
+        found = {"closeness": self.closeness(model)}
+        if model is self.dense:
+            return found | {"text": spikeform.perplexity(model, self.held, window=WINDOW, batch_size=BATCH).to_dict()}
+        if not model.spikeform_report.history:
+            attention = [module for module in model.modules() if isinstance(module, SpikingSelfAttention)]
+            for layer in attention:
+                layer.paused = True
+            found["feed_forward"] = self._near(model)
+            for layer in attention:
+                layer.paused = False
+        return found | {"text": self._near(model)}
+
+    def _near(self, model: Any) -> dict[str, Any]:
+        return spikeform.fidelity(model, self.dense, self.held, window=WINDOW, batch_size=BATCH).to_dict()
+
+    def _outputs(self, model: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """The head's input and the logits, fp32."""
+        out = model(input_ids=batch.to(self.device), use_cache=False, output_hidden_states=True)
+        return out.hidden_states[-1].float(), out.logits.float()
+
+    @torch.no_grad()
+    def _mean(self) -> Tensor:
+        """Of the dense model's last hidden states, over all tokens."""
+        sums = [self._outputs(self.dense, batch)[0].double().sum((0, 1)) for batch in self.windows.split(BATCH)]
+        return (torch.stack(sums).sum(0) / self.windows.numel()).float()
+
+    @torch.no_grad()
+    def closeness(self, model: Any) -> dict[str, float]:
+        """Cosines with the dense model, mean over tokens, and the share of tokens predicted rightly.
+
+        ``hidden``: of the head's input; ``centred``: of it less the dense model's mean, which all tokens share;
+        ``logits``; ``unrelated``: of the head's input with the dense model's one window further on, what any two
+        tokens have in common.
+        """
+        sums, places = dict.fromkeys(("hidden", "centred", "logits", "unrelated", "accuracy"), 0.0), 0
+        for batch in self.windows.split(BATCH):
+            (found, logits), (wanted, dense_logits) = (self._outputs(m, batch) for m in (model, self.dense))
+            pairs = {"hidden": (found, wanted), "centred": (found - self.mean, wanted - self.mean)}
+            pairs |= {"logits": (logits, dense_logits), "unrelated": (found, wanted.roll((1, WINDOW // 2), (0, 1)))}
+            for name, (a, b) in pairs.items():
+                sums[name] += float(F.cosine_similarity(a, b, dim=-1).sum())
+            sums["accuracy"] += int((logits[:, :-1].argmax(-1) == batch[:, 1:].to(self.device)).sum())
+            places += batch.numel()
+        predicted = places - len(self.windows)
+        return {name: total / (predicted if name == "accuracy" else places) for name, total in sums.items()}
+
+    def cost(self, model: Any) -> dict[str, Any]:
+        """Rates, attention's operations by two accountings, and ESTIMATED energy."""
+        report = spikeform.energy(model, self.counted(), batch_size=4)
+        ratios = {
+            name: {"vs_dense": e["ratio_vs_dense"], "vs_dense_with_memory": e["with_memory"]["ratio_vs_dense"]}
+            for name, e in report.estimates.items()
+        }
+        facts = {"estimated": ratios, "spikes_per_token": report.spikes_per_token, "attention": report.attention}
+        return {"energy": facts}
+
+
+def protocol(arguments: argparse.Namespace) -> str:
+    """What the numbers are."""
+    return (
+        f"books/valid, first {arguments.tokens} tokens, windows of {WINDOW} side by side; calibrated on "
+        f"{arguments.calibration * WINDOW} tokens of the training text; rates and ESTIMATED energy on the first "
+        f"{COUNTED} tokens, prefill; measured in fp32 without TF32"
+    )
+
+
+def summary(row: dict[str, Any]) -> str:
+    """One line."""
+    close, found = row["closeness"], row["text"]
+    said = f"{row['point']:18} seed {row['seed']} perplexity {found['perplexity']:9.3f} "
+    if "perplexity_ratio" in found:
+        said += f"ratio {found['perplexity_ratio']:.4f} agreement {found['top1_agreement']:.4f} "
+    said += f"cosine {close['hidden']:.4f} centred {close['centred']:.4f} accuracy {close['accuracy']:.4f}"
+    return f"{said} seconds {row['seconds']}"
+
+
+def folder_of(name: str, trained: Path | None) -> Path:
+    """Where a model lies: with those just trained, or embedded.
+
+    Raises:
+        FileNotFoundError: It is not embedded, and was not trained.
+    """
+    if trained is not None and (trained / name / "config.json").is_file():
+        return trained / name
+    if name not in pretrained.names():
+        raise FileNotFoundError(
+            f"no {name} in {trained or '--trained'}: python benchmarks/train_reference.py --model {name} --out DIR "
+            "makes it, then pass --trained DIR; or leave it out with --only"
+        )
+    return pretrained.path(name)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's arguments."""
+    found = parser(__doc__, points(), [MIDDLE, "open-signed-long"])
+    found.add_argument("--trained", type=Path, help="folder of train_reference.py --out, for what is not embedded")
+    found.set_defaults(steps=400, long_steps=1000)
+    return found.parse_args(arguments)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Run what is missing from the file."""
+
+    def bench_of(model: str | None) -> NeuBench:
+        return NeuBench(arguments, folder_of(model or MIDDLE, arguments.trained))
+
+    run_missing(arguments, points(), protocol(arguments), bench_of, summary)
+
+
+if __name__ == "__main__":
+    main(parse())
