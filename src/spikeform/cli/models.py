@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -131,6 +133,29 @@ def need_tokenizer(name: str) -> Any:
     if tokenizer is None:
         raise SpikeformError(f"{name} has no tokenizer: save one into the folder (tokenizer.save_pretrained)")
     return tokenizer
+
+
+@contextmanager
+def resumable(main: bool) -> Iterator[None]:
+    """In the block, training that is asked to stop says how to go on, and exits with the signal's code.
+
+    Args:
+        main: Whether this process speaks.
+    """
+    from spikeform.training import Interrupted
+
+    try:
+        yield
+    except Interrupted as stopped:
+        if main:
+            print(f"{stopped}: the same command with --resume", file=sys.stderr)
+        raise typer.Exit(128 + stopped.signal) from None
+
+
+def last_record(network: Any) -> dict[str, Any]:
+    """What the last stage left in a model's history, converted or dense."""
+    report = getattr(network, "spikeform_report", None)
+    return (report.history if report else network.spikeform_history)[-1]
 
 
 def read_ids(tokenizer: Any, files: Sequence[Path], most: int | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spikeform.cli.models import dense_source, load_dense, load_spiking, need_tokenizer
+from spikeform.cli.models import dense_source, last_record, load_dense, load_spiking, need_tokenizer, resumable
 from spikeform.cli.output import Json, Output
 from spikeform.cli.recipe import read_section
 from spikeform.errors import ConfigError, ForeignFolderError
@@ -72,7 +72,6 @@ def run(
         if dry_run:
             _print_plan(output, plan)
             return
-        from spikeform.training import Interrupted
         from spikeform.training.preference import load_pairs
         from spikeform.training.preference import prefer as tune
 
@@ -83,7 +82,7 @@ def run(
         if making is not None:
             with output.task(f"making {making.count} pairs"):
                 _build(Path(pairs), build or [], load_dense(teacher) if teacher else network, tokenizer, making)
-        try:
+        with resumable(main):
             tune(
                 network,
                 data or load_pairs(pairs, tokenizer),
@@ -98,12 +97,7 @@ def run(
                 command=ctx.obj,
                 progress=lambda point: print(_line(point), file=sys.stderr, flush=True),
             )
-        except Interrupted as stopped:
-            if main:
-                print(f"{stopped}: the same command with --resume", file=sys.stderr)
-            raise typer.Exit(128 + stopped.signal) from None
-        report = getattr(network, "spikeform_report", None)
-        record = (report.history if report else network.spikeform_history)[-1]
+        record = last_record(network)
         _say(output, record)
         output.say(f"saved to {out.resolve()}")
         if main:

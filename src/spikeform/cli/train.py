@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spikeform.cli.models import dense_source, load_dense, load_spiking, load_tokenizer
+from spikeform.cli.models import dense_source, last_record, load_dense, load_spiking, load_tokenizer, resumable
 from spikeform.cli.output import Json, Output
 from spikeform.cli.recipe import Set, read_config, read_method, read_section
 from spikeform.errors import CalibrationError, ConfigError, SpikeformError
@@ -78,10 +78,9 @@ def run(
         if chosen is not None and not converted:
             with output.task("finding thresholds on the training text"):
                 _convert(network, chosen, text, tokenizer, options, folder)
-        from spikeform.training import Interrupted
         from spikeform.training import train as spikeform_train
 
-        try:
+        with resumable(main):
             spikeform_train(
                 network,
                 text,
@@ -96,12 +95,8 @@ def run(
                 command=ctx.obj,
                 progress=lambda point: print(_line(point), file=sys.stderr, flush=True),
             )
-        except Interrupted as stopped:
-            if main:
-                print(f"{stopped}: the same command with --resume", file=sys.stderr)
-            raise typer.Exit(128 + stopped.signal) from None
         report = getattr(network, "spikeform_report", None)
-        record = (report.history if report else network.spikeform_history)[-1]
+        record = last_record(network)
         _say(output, record, report)
         output.say(f"saved to {out.resolve()}")
         if main:

@@ -72,10 +72,8 @@ def _saved_shape(name: str, model: PreTrainedModel, tensor: Tensor, tied: set[st
 def settle(name: str, module: nn.Module, model: PreTrainedModel, trainable: bool) -> list[str]:
     """Check one module's loaded tensors; give spiking weights their working shape."""
     problems = []
-    if isinstance(module, SpikingLinear) and isinstance(module.neuron, MT):
-        module.neuron.folded = module.neuron.channel_shift is not None  # written folded
-    if isinstance(module, SpikingLinear) and isinstance(module.neuron, SignedInteger):
-        module.neuron.folded = module.neuron.per_channel
+    if isinstance(module, SpikingLinear) and isinstance(module.neuron, MT | SignedInteger):
+        module.neuron.folded = module.neuron.fold_factor() is not None  # written folded
     if isinstance(module, CodedLinear):
         problems += [f"{name}.{problem}" for problem in module.load_packed()]
     elif isinstance(module, SpikingLinear):

@@ -146,8 +146,8 @@ class CodedLinear(SpikingLinear):
             return self.finished(out, neuron.unit(), bias, x.dtype)
         if self.event_rows is not None and self.visits(x):
             integers, unit = gif_integers(x, *form)
-            out = event_product(integers, self.event_rows, scale, self.out_features) * unit
-            return (out if bias is None else out + bias).to(x.dtype)
+            out = event_product(integers, self.event_rows, scale, self.out_features)
+            return self.finished(out, unit, bias, x.dtype)
         return gif_linear(x, weight, scale, self.nibbles(), zero, bias, *form)
 
     def _only_tier(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,6 @@ from spikeform.neurons import MT, Neuron, SignedInteger
 from spikeform.neurons.fused import oat_values
 from spikeform.neurons.neuron import entry
 from spikeform.neurons.oat import OatForm
-from spikeform.spikes import power_of_two
 from spikeform.synapses import fusible, linear
 from spikeform.synapses.fused import EVENT_ROWS, event_product, oat_linear
 
@@ -64,13 +63,12 @@ class SpikingLinear(nn.Linear):
         Those of an MT neuron are powers of two, so no bit of any product changes.
         """
         neuron = self.neuron
-        if isinstance(neuron, MT) and neuron.channel_shift is not None and not neuron.folded:
+        if not isinstance(neuron, MT | SignedInteger) or neuron.folded:
+            return
+        factor = neuron.fold_factor()
+        if factor is not None:
             # A new tensor: the old one may be shared (tied) or memory-mapped.
-            folded = self.weight * power_of_two(neuron.channel_shift, self.weight.dtype)
-            self.weight = nn.Parameter(folded, self.weight.requires_grad)
-            neuron.folded = True
-        elif isinstance(neuron, SignedInteger) and neuron.per_channel and not neuron.folded:
-            self.weight = nn.Parameter(self.weight * neuron.threshold.to(self.weight.dtype), self.weight.requires_grad)
+            self.weight = nn.Parameter(self.weight * factor.to(self.weight.dtype), self.weight.requires_grad)
             neuron.folded = True
 
     @torch.no_grad()
@@ -106,7 +104,7 @@ class SpikingLinear(nn.Linear):
             return self._fused_integers(x, neuron, form, weight, bias)
         if self.event_rows is not None and self.visits(x):
             out = event_product(oat_values(x, *form, False), self.event_rows, None, self.out_features)
-            return (out if bias is None else out + bias).to(x.dtype)
+            return self.finished(out, None, bias, x.dtype)
         return oat_linear(x, weight, bias, *form, neuron.single(x.dtype))
 
     def _fused_integers(

@@ -185,6 +185,10 @@ class MT(ThresholdNeuron):
         """Whether its channels are scaled or weighed one by one."""
         return self.channel_shift is not None or self.channel_weight is not None or self.balance_channels
 
+    def fold_factor(self) -> Tensor | None:
+        """What the following weights take over of each channel, ``[C]``: a power of two. None: nothing."""
+        return None if self.channel_shift is None else power_of_two(self.channel_shift)
+
     def settle(self) -> None:
         """Forget what only calibration needed."""
         self.channel_weight, self.balance_channels = None, False

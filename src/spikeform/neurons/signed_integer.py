@@ -180,6 +180,10 @@ class SignedInteger(ThresholdNeuron):
         """``n`` of real input ``x`` ``[..., C]``: int8."""
         return integers(self.potential(x), self.spikes, self.steps).to(torch.int8)
 
+    def fold_factor(self) -> Tensor | None:
+        """What the following weights take over of each channel, ``[C]``: its threshold. None: nothing."""
+        return self.threshold if self.per_channel else None
+
     def unit(self) -> Tensor | None:
         """What one spike is worth beside the weights: fp32 ``[1]`` or ``[C]``; None where the weights say it."""
         return None if self.folded else entry(self, self._parameters, "threshold")

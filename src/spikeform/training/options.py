@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from spikeform.conversion.config import switches
 from spikeform.conversion.options import Options, real, whole
 from spikeform.errors import ConfigError
 from spikeform.neurons.signed_integer import SMOOTH
@@ -159,9 +160,7 @@ class TrainOptions(Options):
         if self.warm_up >= 1:
             raise ConfigError(f"warm_up is a share of the steps, from 0 to below 1, got {self.warm_up}")
         self._check_terms()
-        for name in ("bf16", "gradient_checkpointing", "compile"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        switches(self, "bf16", "gradient_checkpointing", "compile")
 
     def _check_terms(self) -> None:
         """What is minimised, and by which parameters."""

@@ -8,8 +8,10 @@ from typing import Any
 from spikeform import checkpoint
 from spikeform.checkpoint.atomic import staged
 from spikeform.checkpoint.saving import assert_may_write
+from spikeform.conversion import record
 from spikeform.conversion.record import HISTORY
 from spikeform.errors import ForeignFolderError, SpikeformError
+from spikeform.training.devices import processes
 from spikeform.training.state import write_json
 
 RECORD = "training.json"  # beside a dense model: its history
@@ -33,6 +35,22 @@ def check_dense_target(target: Path) -> None:
         raise ForeignFolderError(f"cannot save to {target}: it is a file. Give the name of a folder")
     if target.exists() and any(target.iterdir()):
         raise ForeignFolderError(f"cannot save to {target}: it is not empty. Choose another folder, or empty this one")
+
+
+def conclude(model: Any, done: dict[str, Any], target: Path | None, tokenizer: Any, command: list[str] | None) -> None:
+    """The end of a stage: its record into the model's history, and the model, if it is to be, to ``target``.
+
+    Every process calls it; the main one writes.
+
+    Raises:
+        CheckpointError: Writing failed; what was there is untouched.
+    """
+    record.keep(model, done)
+    if target is not None:
+        devices = processes()
+        if devices.is_main_process:
+            write(model, target, tokenizer, command)
+        devices.wait_for_everyone()
 
 
 def write(model: Any, target: Path, tokenizer: Any, command: list[str] | None) -> None:

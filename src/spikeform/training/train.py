@@ -100,12 +100,8 @@ def train(
         less_memory = checkpointing(model, options.gradient_checkpointing)
         with StopSignals() as stop, trainable(model, options) as path, less_memory, _without_cudnn_attention():
             done = _run(model, options, text, held, teacher, folder, stop, progress or (lambda point: None), path)
-        record.keep(model, done)
         model.eval()
-        if target is not None:
-            if devices.is_main_process:
-                saving.write(model, target, tokenizer, command)
-            devices.wait_for_everyone()
+        saving.conclude(model, done, target, tokenizer, command)
         lasts()
     return model
 

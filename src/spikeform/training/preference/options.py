@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from spikeform.conversion.config import switches
 from spikeform.conversion.options import Options, real, whole
 from spikeform.errors import ConfigError
 from spikeform.neurons import SignedInteger
@@ -189,9 +190,7 @@ class PreferOptions(Options):
             raise ConfigError(f"sft is for dpo: set it to 0 for {self.method}")
         if self.warm_up >= 1:
             raise ConfigError(f"warm_up is a share of the steps, from 0 to below 1, got {self.warm_up}")
-        for name in ("freeze_embeddings", "bf16", "gradient_checkpointing"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        switches(self, "freeze_embeddings", "bf16", "gradient_checkpointing")
 
     def for_training(self, model: Any) -> TrainOptions:
         """What this stage shares with all training: rates, what learns, the path beside the spikes."""

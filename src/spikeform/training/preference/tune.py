@@ -104,11 +104,7 @@ def prefer(
                 name: mcnemar(ranked.wins(per_token), again.wins(per_token))
                 for name, per_token in (("summed", False), ("per_token", True))
             }
-        record.keep(model, done)
-        if target is not None:
-            if devices.is_main_process:
-                saving.write(model, target, tokenizer, command)
-            devices.wait_for_everyone()
+        saving.conclude(model, done, target, tokenizer, command)
         lasts()
     return model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spikeform.conversion.config import choice
+from spikeform.conversion.config import choice, switches
 from spikeform.conversion.data import MAX_WINDOW
 from spikeform.conversion.options import Options, real, whole
 from spikeform.errors import ConfigError
@@ -97,9 +97,7 @@ class CalibrateOptions(Options):
             whole(name, getattr(self, name), 0)
         for name in self.REALS:
             real(name, getattr(self, name), positive=name not in ("alignment", "kl"))
-        for name in ("normalise", "bf16", "gradient_checkpointing"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        switches(self, "normalise", "bf16", "gradient_checkpointing")
         if not self.alignment and not self.kl:
             raise ConfigError("alignment and kl are both 0: there is nothing to calibrate by")
         if not self.stages():
