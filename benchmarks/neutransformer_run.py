@@ -89,6 +89,10 @@ def points() -> dict[str, Point]:
     add("reach", "open", {}, {"freeze": OPEN}, 1)
     add("reach", "open-signed", {"spikes": "signed"}, {"freeze": OPEN}, 1)
     add("reach", "open-signed-long", {"spikes": "signed"}, {"freeze": OPEN}, 3)
+    aligned, close = {"ce": 0.0, "distil": 0.0}, {"hidden": 10.0}
+    add("aligned", "open-signed-aligned", {"spikes": "signed"}, {"freeze": OPEN, **aligned}, 1)
+    add("aligned", "open-signed-close", {"spikes": "signed"}, {"freeze": OPEN, **close}, 1)
+    add("aligned-long", "open-signed-aligned-long", {"spikes": "signed"}, {"freeze": OPEN, **aligned}, 3)
     add("reach", "open-signed-t8", {"spikes": "signed", "steps": 8}, {"freeze": OPEN}, 1)
     for model in SIZES:
         if model != MIDDLE:

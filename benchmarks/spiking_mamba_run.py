@@ -79,10 +79,11 @@ class Rates:
 
     def rows(self) -> dict[str, dict[str, float]]:
         """E|n|, the share of neurons that fire at all, and the share beyond the range, by site; "all" for all."""
-        named = {"all": sum(self.sums.values(), torch.zeros(4, dtype=torch.float64)), **self.sums}
+        named = {site: sums.cpu() for site, sums in self.sums.items()}
+        named = {"all": sum(named.values(), torch.zeros(4, dtype=torch.float64)), **named}
         return {
             site: dict(zip(("spikes", "density", "beyond"), (float(s / sums[0]) for s in sums[1:]), strict=True))
-            for site, sums in ((site, sums.cpu()) for site, sums in named.items())
+            for site, sums in named.items()
         }
 
 

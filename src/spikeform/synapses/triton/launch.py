@@ -8,7 +8,7 @@ from torch import Tensor
 
 # Kernels of one stream may begin before the one before them has ended (programmatic dependent launch): they fetch
 # weights meanwhile, and wait before they read or write anything else.
-overlapped = False
+overlapped = True
 
 
 def cdiv(total: int, part: int) -> int:

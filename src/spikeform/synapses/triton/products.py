@@ -114,7 +114,7 @@ def _oat_planes(x, weight, bias, threshold, shift, limit, resolution, rounding, 
         partial = sums(planes, weight, None, shapes.skinny_shape(rows, columns, inner, "bf16"))
         finish_real(partial, None, bias, out)
     else:
-        gemm(planes, weight, None, None, bias, out, shapes.real_tile(rows))
+        gemm(planes, weight, None, None, bias, out.view(rows, columns), shapes.real_tile(rows))
 
 
 def oat_linear_int(

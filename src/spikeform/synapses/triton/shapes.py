@@ -14,7 +14,7 @@ MULTIPROCESSORS = 132  # of the card that the tables were made on
 
 
 # Whether one row is encoded by a kernel of its own (:mod:`.stream`), or by each program of the product (:mod:`.gemv`).
-encode_once = {"oat": False, "oat_int": False, "gif": False}
+encode_once = {"oat": True, "oat_int": True, "gif": True}
 
 LARGE = 2**25  # elements of a weight from which on a product has programs enough in any cut
 
