@@ -15,12 +15,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from reference_models import NAMES
 
+ABREAST = 3
+
 
 def draw(results: Path, target: Path) -> None:
     """Draws held-out and training loss of every model over the tokens seen, stage after stage."""
     names = [name for name in NAMES if (results / f"reference-{name}.json").is_file()]
-    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.4), sharey=True)
-    for axis, name in zip(axes, names, strict=True):
+    rows = -(-len(names) // ABREAST)
+    figure, grid = plt.subplots(rows, ABREAST, figsize=(3.6 * ABREAST, 3.2 * rows), sharey=True, squeeze=False)
+    axes = list(grid.flat)
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes, names, strict=False):
         report = json.loads((results / f"reference-{name}.json").read_text(encoding="utf-8"))
         before = 0.0
         for index, stage in enumerate(report["stages"]):
@@ -39,7 +45,8 @@ def draw(results: Path, target: Path) -> None:
         axis.axhline(saved, color="tab:green", linewidth=0.8, label=f"saved weights: {saved:.3f}")
         axis.set(title=name, xlabel="million tokens", ylim=(3.0, 5.0))
         axis.legend(fontsize=7)
-    axes[0].set_ylabel("nats per token")
+    for axis in grid[:, 0]:
+        axis.set_ylabel("nats per token")
     title = "llama has a vocabulary of its own (8192; the others 3072): compare bits per byte, not nats"
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()

@@ -37,6 +37,23 @@ T = 16, HG softmax, free thresholds; *powers*: thresholds that are powers of two
 PyTorch's `scaled_dot_product_attention` reads real keys in bf16. **Attention is slower than PyTorch's**: OAT is faster
 in {faster} of {all} cases by more than 5%. With many queries ours take {low:.1f} to {high:.1f} times as long, with one
 and a full cache {one:.1f} to {ten:.1f} times."""
+CHAINS = {
+    "dense": "PyTorch, bf16",
+    "bf16": "OAT, T = 16, bf16 weights",
+    "int8-t15": "OAT, T = 15, W8",
+    "int8-t7": "OAT, T = 7, W8",
+    "gif4": "GIF, T = 2 for an eighth, W4",
+}
+WAYS = ((False, False, False), (False, True, False), (True, False, False), (True, True, False), (True, True, True))
+CHAIN_WORDS = """Microseconds of a layer: q, k, v, o, gate, up and down of a LLaMA-7B, one after the other, of {layers}
+layers with weights of their own, in one CUDA graph; the best cuts found; in brackets over PyTorch's. *overlapping*:
+programmatic dependent launch; *encoded once*: a row is encoded by a kernel of its own, else by each program of the
+product; *joined*: q, k and v are one product and gate, up another, which is not built. Ours run as "both". A copy moved
+{copied:.2f} TB/s, bytes read and written."""
+CONVERTED = {"las": "LAS, T = 16", "las-int8": "LAS, T = 8, int8 weights", "spikellm": "SpikeLLM, round to nearest"}
+CONVERT_WORDS = """{layers} layers of {shape}, {tokens} tokens for calibration in sequences of 512, reading and writing
+files not included. The model has {model_GiB:.2f} GiB, a block {block_GiB:.3f}. Aims: 60 seconds, met; the model and one
+block at the peak, **missed**."""
 PRODUCT_WORDS = """Microseconds of one call in a CUDA graph, {inner} inputs and {outer} outputs, weights not in a cache,
 the best cut found. PyTorch's products are given codes; ours encode real input. FP8 is not exact for integers (see
 above) and shown for its speed alone."""
@@ -54,14 +71,10 @@ def title(variant: str) -> str:
 
 
 def decode_files(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Runs of whole models: of each shape the one with the most layers."""
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for path in sorted(folder.glob("decode-7b*.json")):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        shape = data["settings"]["shape"]
-        if shape not in found or data["settings"]["layers"] > found[shape][1]["settings"]["layers"]:
-            found[shape] = path.name, data
-    return list(found.values())
+    """Runs of whole models, those with the most layers first."""
+    paths = folder.glob("decode-7b*.json")
+    found = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(paths)]
+    return sorted(found, key=lambda run: -run[1]["settings"]["layers"])
 
 
 def decode_rows(data: dict[str, Any]) -> list[list[str]]:
@@ -196,6 +209,48 @@ def products(folder: Path) -> list[str]:
     return [*lines, *paragraph(words, source(data, name))]
 
 
+def chains(folder: Path) -> list[str]:
+    """Products of one token, in their order."""
+    name = "gpu-chain.json"
+    data = read(folder, name)
+    if data is None:
+        return []
+    found = {(r["way"]["kind"], r["way"]["once"], r["way"]["overlapped"], r["joined"]): r for r in data["chains"]}
+    dense, rows = found["dense", False, False, False]["ms_a_layer"], []
+    for kind, said in CHAINS.items():
+        cells = [said]
+        for way in WAYS:
+            row = found.get((kind, *way))
+            cells.append("" if row is None else f"{row['ms_a_layer'] * 1e3:.1f} ({row['ms_a_layer'] / dense:.2f})")
+        rows.append(cells)
+    head = ["products", "as before", "overlapping", "encoded once", "both", "both, joined"]
+    text = CHAIN_WORDS.format(layers=data["layers"], copied=data["copy_bytes_s"] / 1e12)
+    versions = {"hardware": data["hardware"], "versions": {k: data[k] for k in ("torch", "triton")}}
+    return ["### Products of one token", "", *table(head, rows), *paragraph(text, source(versions, name))]
+
+
+def conversions(folder: Path) -> list[str]:
+    """How long a 7B shape takes to convert."""
+    name = "convert-7b.json"
+    data = read(folder, name)
+    if data is None:
+        return []
+    keys = ("seconds", "first_s", "block_s", "above_GiB", "after_GiB")
+    rows = [[CONVERTED[row["method"]], *(f"{row[key]:.2f}" for key in keys)] for row in data["rows"]]
+    head = [
+        "conversion",
+        "seconds",
+        "until the first block is done",
+        "a block",
+        "peak above the model, GiB",
+        "after, GiB",
+    ]
+    sizes = {key: data["rows"][0][key] for key in ("model_GiB", "block_GiB", "tokens")}
+    text = CONVERT_WORDS.format(**sizes, layers=data["layers"], shape=data["shape"])
+    return ["### Conversion", "", *table(head, rows), *paragraph(text, data.get("note", ""), source(data, name))]
+
+
 def lines(folder: Path) -> list[str]:
     """The whole block."""
-    return [*models(folder), *encoders(folder), *attention(folder), *products(folder)]
+    parts = (models, conversions, encoders, attention, chains, products)
+    return [line for part in parts for line in part(folder)]

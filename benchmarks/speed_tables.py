@@ -3,7 +3,7 @@
     python benchmarks/speed_tables.py
 
 Output: the blocks of docs/performance.md and of README.md between their markers, from llamacpp-cpu.json,
-spikingjelly-cpu.json, cpu-products.json, cpu-neurons.json, decode-7b*.json, gpu-encoders.json, gpu-attention.json and
+spikingjelly-cpu.json, cpu-products.json, cpu-neurons.json, decode-7b*.json, convert-7b.json, gpu-encoders.json, gpu-attention.json, gpu-chain.json and
 gpu-products.json in benchmarks/results. What no file holds is left out, and said to be missing where whole models are
 compared.
 """
@@ -58,13 +58,16 @@ def cpu_models() -> list[str]:
 
 
 def gpu_models() -> list[str]:
-    """The README's short table of whole models on a GPU."""
-    lines = []
+    """The README's short table of whole models on a GPU: of each shape the run with the most layers."""
+    lines, shapes = [], set()
     for name, data in speed_gpu.decode_files(RESULTS):
         settings = data["settings"]
-        rows = [[row[0], row[1], row[4]] for row in speed_gpu.decode_rows(data)]
-        head = [f"{settings['layers']} layers of {settings['shape']}", "decode, ms a token"]
-        lines += table([*head, f"prefill {settings['prefill']}, ms"], rows)
+        if settings["shape"] in shapes:
+            continue
+        shapes.add(settings["shape"])
+        rows = [row[:3] for row in speed_gpu.decode_rows(data)]
+        head = [f"{settings['layers']} layers of {settings['shape']}", "decode: a step, ms"]
+        lines += table([*head, "a token of `generate`, ms"], rows)
         words = "Compiled forward passes, static cache, batch 1, random weights; in brackets: over the dense model's."
         lines += paragraph(words, speed_gpu.bars(data), data.get("note", ""), source(data, name))
     return lines

@@ -1,6 +1,8 @@
 """int8 weights: the nearest codes of each row; sums of integers, the same bits in every executor and after a reload."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 import families
 import spikeform
+from spikeform.conversion import weights
 from spikeform.conversion.weights import row_codes
 from spikeform.energy import energy
 from spikeform.errors import ConfigError, ConversionError, DamagedCheckpointError
@@ -144,6 +147,22 @@ def test_save_and_load(family, options, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert loaded.spikeform_report.rows == model.spikeform_report.rows
     assert loaded.config.quantization_config == model.config.quantization_config
+
+
+def test_real_weights_are_let_go_one_by_one(monkeypatch):
+    """A model that is coded never holds both forms of more than one layer."""
+    model, alive = families.build("llama"), []
+    real = {id(m): weakref.ref(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+
+    def counting(weight):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in real.values()))
+        return row_codes(weight)
+
+    monkeypatch.setattr(weights, "row_codes", counting)
+    spikeform.convert(model, LAS(steps=8, weight_bits=8), CALIBRATION)
+    assert len(alive) == len(coded(model)) > 7
+    assert alive == list(range(len(real), len(real) - len(alive), -1))
 
 
 def test_bfloat16_and_damage(tmp_path):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from spikeform.errors import CalibrationError
 
 MAX_WINDOW = 512
-ABREAST, ELEMENTS = 8, 1 << 23  # windows, and elements of a hidden state, in a batch: a 7B model has 4 of 512 tokens
+ABREAST, ELEMENTS = 8, 1 << 21  # windows, and elements of a hidden state, in a batch: a 7B model has 1 of 512 tokens
 SAMPLED_SEQUENCES, SAMPLED_LENGTH, SAMPLE_SEED = 16, 128, 0
 
 

@@ -16,7 +16,6 @@ from spikeform.synapses.integer import IntegerWeight
 
 BITS, _PEAK = 8, 127
 
-Named = Iterable[tuple[str, SpikingLinear]]
 Prepare = Callable[[PreTrainedModel, Any], ConversionReport]
 
 
@@ -32,18 +31,21 @@ def row_codes(weight: Tensor) -> IntegerWeight:
     largest = weight.abs().amax(1)
     scale = largest / _PEAK
     scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
-    codes = (weight / scale[:, None]).round().clamp(-_PEAK, _PEAK).to(torch.int8)
+    codes = (weight / scale[:, None]).round_().clamp_(-_PEAK, _PEAK).to(torch.int8)
     zero = torch.full((1, len(weight)), _PEAK + 1, dtype=torch.int16, device=weight.device)
     return IntegerWeight(codes, scale[None], zero, None, bits=BITS)
 
 
-def code_rows(model: PreTrainedModel, layers: Named) -> None:
-    """Give ``layers``, by their names in ``model``, int8 weights in place of their own (:func:`row_codes`).
+def code_rows(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Give the layers of these names int8 weights in place of their own (:func:`row_codes`), one after the other.
+
+    What is replaced is let go at once, so the model grows by one layer at most.
 
     Raises:
         ConversionError: A weight is not finite.
     """
-    for name, layer in layers:
+    for name in names:
+        layer: Any = model.get_submodule(name)
         try:
             weight = row_codes(layer.weight)
         except ValueError as error:
@@ -51,9 +53,10 @@ def code_rows(model: PreTrainedModel, layers: Named) -> None:
         model.set_submodule(name, CodedLinear.from_spiking(layer, weight, name))
 
 
-def blank_rows(model: PreTrainedModel, layers: Named) -> None:
-    """What :func:`code_rows` makes of ``layers``, its values not there yet."""
-    for name, layer in layers:
+def blank_rows(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """What :func:`code_rows` makes of these layers, its values not there yet."""
+    for name in names:
+        layer: Any = model.get_submodule(name)
         sizes = layer.in_features, layer.out_features
         model.set_submodule(name, CodedLinear(*sizes, layer.bias, layer.neuron, BITS, site=name))
 
@@ -89,7 +92,7 @@ def skeleton(prepare: Prepare) -> Prepare:
     return build
 
 
-def _real_layers(model: PreTrainedModel) -> list[tuple[str, SpikingLinear]]:
-    """Spiking layers whose weights are theirs alone: a tied head's belong to the embedding, which stays real."""
+def _real_layers(model: PreTrainedModel) -> list[str]:
+    """Spiking layers, by name, whose weights are theirs alone: a tied head's belong to the embedding, which is real."""
     tied = tied_head(model)
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, SpikingLinear) and m is not tied]
+    return [n for n, m in model.named_modules() if isinstance(m, SpikingLinear) and m is not tied]

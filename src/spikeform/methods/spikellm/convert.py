@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from typing import cast
 
 import torch
 from torch import nn
@@ -67,16 +68,18 @@ def finish(model: PreTrainedModel, config: SpikeLLM, report: ConversionReport) -
         ConversionError: Its weights are not finite.
     """
     head = _spiking_head(model)
-    for _, layer in head:
-        if isinstance(layer.neuron, GIF):
-            layer.neuron.set_times(torch.ones_like(layer.neuron.times))
+    for name in head:
+        neuron = cast(SpikingLinear, model.get_submodule(name)).neuron
+        if isinstance(neuron, GIF):
+            neuron.set_times(torch.ones_like(neuron.times))
     code_rows(model, head)
     report.follow(model)
 
 
-def _spiking_head(model: PreTrainedModel) -> list[tuple[str, SpikingLinear]]:
+def _spiking_head(model: PreTrainedModel) -> list[str]:
+    """Its name, or nothing."""
     head = model.get_output_embeddings()
-    return [(name, m) for name, m in model.named_modules() if m is head and isinstance(m, SpikingLinear)]
+    return [name for name, m in model.named_modules() if m is head and isinstance(m, SpikingLinear)]
 
 
 def put_codes(block: nn.Module, name: str, config: SpikeLLM) -> None:
