@@ -149,6 +149,14 @@ def test_save_and_load(family, options, tmp_path):
     assert loaded.config.quantization_config == model.config.quantization_config
 
 
+@pytest.mark.parametrize("bits", [16, 4, "8", None])
+def test_only_eight_bits_can_be_asked_for_later(bits):
+    model = converted("llama", weight_bits=16)
+    with pytest.raises(ConfigError, match="must be 8, got"):
+        spikeform.set_weight_bits(model, bits)
+    assert not coded(model)
+
+
 def test_real_weights_are_let_go_one_by_one(monkeypatch):
     """A model that is coded never holds both forms of more than one layer."""
     model, alive = families.build("llama"), []

@@ -13,8 +13,8 @@ from spikeform.conversion.calibrate import Progress
 from spikeform.conversion.quantizer import attach
 from spikeform.conversion.registry import method_of
 from spikeform.conversion.transform import transform
-from spikeform.conversion.weights import finish
-from spikeform.errors import ConversionError
+from spikeform.conversion.weights import BITS, finish
+from spikeform.errors import ConfigError, ConversionError
 from spikeform.layers.streaming import clock_of
 
 
@@ -99,8 +99,10 @@ def set_weight_bits(model: PreTrainedModel, bits: int = 8) -> PreTrainedModel:
 
     Raises:
         ConversionError: The method has no such option, the weights are integers already, or one is not finite.
-        ConfigError: ``bits`` is not known, or another option of the model excludes it.
+        ConfigError: ``bits`` is not 8, or another option of the model excludes it.
     """
+    if bits != BITS:
+        raise ConfigError(f"set_weight_bits gives int8 weights: bits must be {BITS}, got {bits!r}")
     config: Any = getattr(model.config, "quantization_config", None)
     knows = is_converted(model) and method_of(config).finish is finish
     if not knows or config.weight_bits != 16:
