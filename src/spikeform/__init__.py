@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spikeform.evaluation import fidelity as fidelity
     from spikeform.evaluation import perplexity as perplexity
     from spikeform.evaluation import zeroshot as zeroshot
+    from spikeform.layers.compiled import compile_config as compile_config
     from spikeform.methods import FAS as FAS
     from spikeform.methods import LAS as LAS
     from spikeform.methods import CalibrateOptions as CalibrateOptions
@@ -59,6 +60,7 @@ _HOMES = {
     "SpikingMamba": "spikeform.methods",
     "TrainOptions": "spikeform.training",
     "calibrate": "spikeform.methods",
+    "compile_config": "spikeform.layers.compiled",
     "convert": "spikeform.conversion",
     "energy": "spikeform.energy",
     "executor": "spikeform.synapses",

@@ -1,0 +1,30 @@
+"""What to compile decoding with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.compiler import skip_guard_on_all_nn_modules_unsafe
+from transformers import CompileConfig
+
+
+def compile_config(*, fullgraph: bool = True) -> CompileConfig:
+    """How ``generate`` should compile a converted model, if nobody changes the model meanwhile.
+
+    As transformers does by itself, but that a call does not look at every attribute of every module before it begins.
+    A spiking model has more of them than the dense one: with 32 layers, looking takes longer than many a GPU takes for
+    the token. The price: a model that is changed after its first compiled call (converted, tuned, given other
+    thresholds) may go on as it was before. Call ``torch.compiler.reset()`` after a change. Weights that change in their
+    place are always seen.
+
+    Args:
+        fullgraph: Raise an error where a step is not one graph.
+
+    Returns:
+        For ``model.generate(..., cache_implementation="static", compile_config=...)``, or ``model.get_compiled_call``.
+    """
+    options: dict[str, Any] = {
+        "guard_filter_fn": skip_guard_on_all_nn_modules_unsafe,
+        "triton.cudagraphs": True,  # what transformers' own mode, "reduce-overhead", comes to
+    }
+    return CompileConfig(fullgraph=fullgraph, mode=None, options=options)  # type: ignore[arg-type]  # one excludes the other
