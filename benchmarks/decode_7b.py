@@ -1,7 +1,7 @@
 """Speed of spiking 7B models beside the dense one they came from, on one GPU, with random weights.
 
     python benchmarks/decode_7b.py --out benchmarks/results/decode-7b-llama.json [--shape opt-6.7b]
-        [--variants dense,las16,las8,las8-int8,w4a4] [--layers 4] [--profile] [--tiny]
+        [--variants dense,las16,las8,las8-int8,w4a4] [--layers 4] [--brief] [--apart] [--profile] [--tiny]
 
 Weights are random, and so are the tokens: what is measured here does not depend on their values. LAS's thresholds are
 given; SpikeLLM's saliency is found on 128 random tokens, and its weights are rounded to nearest. Each variant runs in
@@ -37,7 +37,6 @@ import transformers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    CompileConfig,
     LlamaConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -202,7 +201,7 @@ def decoding(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     start = args.prompt + EAGER_TOKENS // 2
     rewind(cache, start)
     wanted = model(**seen).logits.float()
-    how = CompileConfig(fullgraph=True)
+    how = spikeform.compile_config(together=not args.apart)
     step = model.get_compiled_call(how)
     begin = time.perf_counter()
     rewind(cache, start)
@@ -228,6 +227,8 @@ def decoding(model: Any, args: argparse.Namespace) -> dict[str, Any]:
         profile(lambda: step(**seen), args.device)
     del cache
     seen.clear()
+    if args.brief:
+        return row
     written(model, args, EAGER_TOKENS, compile_config=how)
     row["generate"] = written(model, args, None, compile_config=how)
     return row
@@ -355,11 +356,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no variant, and end one, after these")
     parser.add_argument("--profile", action="store_true", help="print kernels by time")
+    parser.add_argument("--brief", action="store_true", help="the compiled step alone: no generate, no prefill")
+    parser.add_argument("--apart", action="store_true", help="compiled as layers are, nothing put together")
     parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU")
     parser.add_argument("--one", choices=list(VARIANTS), help=argparse.SUPPRESS)
     parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.device = "cpu" if args.tiny else "cuda"
+    args.prefill = 0 if args.brief else args.prefill
     if args.tiny:
         args.shape = "opt-tiny" if "opt" in args.shape else "llama-tiny"
         args.layers, args.prompt, args.new, args.prefill, args.repeat = 2, 16, 24, min(args.prefill, 32), 2

@@ -6,9 +6,10 @@ A chain is q, k, v, o, gate, up and down of ``--layers`` layers, each product th
 every layer with weights of its own, in one CUDA graph; times are medians of replays. Four kinds: ``bf16`` (OAT,
 T = 16), ``int8-t7`` and ``int8-t15`` (one limb and two), ``gif4`` (packed weights). Each is timed with its row encoded
 by every program and once, without and with programmatic dependent launch ("overlapped"), and, with ``joined``, where
-q, k, v are one product and gate, up another. Cuts are chosen before, shape by shape, among a few. All ways of a kind
+q, k, v are one product and gate, up another: of one matrix, or, encoded once, of three and of two in one launch, as
+compiled models have them. Cuts are chosen before, shape by shape, among a few. All ways of a kind
 of integers must end in the same bits. ``--quick`` runs everything once on tiny shapes; without a GPU on Triton's
-interpreter.
+interpreter. ``--package``: no search, but the cuts that the package chooses, and the row encoded once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -39,11 +40,13 @@ from gpu_chain_cuts import KINDS, Way, cuts_of, ways
 from gpu_products import copy_rate, keep_apart, let_loops_run, overlapped
 from gpu_products_check import CUDA, DEVICE, errors, failed, guarded
 
+from spikeform.synapses import rows
 from spikeform.synapses.fused import pack_nibbles
 from spikeform.synapses.triton import products, shapes
 from spikeform.synapses.triton.launch import Strip
 
 REPLAYS = 15
+STEPS = {"bf16": 16, "int8-t7": 7, "int8-t15": 15, "gif4": 2}
 WARM_ROWS = 512  # output features of a weight that a kernel is compiled with: no kernel knows how many there are
 Table = dict[tuple[int, int], Strip]  # by output features and inputs
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -84,8 +87,44 @@ class Layer:
         for heights, weight in self.pieces:
             for part in [weight] if joined else weight.split(heights):
                 columns = part.shape[1] * (2 if self.kind == "gif4" else 1)
-                found.append(((part.shape[0], columns), product(self.kind, part, columns)))
+                call = product(self.kind, part, columns)
+                if self.kind != "dense" and len(heights) > 1 and joined:
+                    call = once_together(self.kind, weight.split(heights), columns, call)
+                found.append(((part.shape[0], columns), call))
         return found
+
+
+def once_together(kind: str, weights: Sequence[torch.Tensor], inner: int, whole: Product) -> Product:
+    """One launch for several matrices where the row is encoded once, as compiled models have it; else ``whole``.
+
+    Gives the last result. Each matrix has codes of its own.
+    """
+    steps, count = STEPS[kind], len(weights)
+    threshold = torch.tensor([3.3, 50.1], device=DEVICE)
+    multiple = 1.0 + (torch.arange(inner, device=DEVICE) % 8 > 0)
+    scales = [torch.full((w.shape[0],), scale_of(kind, inner), device=DEVICE) for w in weights]
+    zeros = [torch.full((w.shape[0],), 8, dtype=torch.int16, device=DEVICE) for w in weights]
+    integers = kind.startswith("int8")
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        last = None, x.dtype, x.shape[:-1]
+        if kind == "gif4":
+            if not shapes.encode_once["gif"]:
+                return whole(x)
+            codes = rows.row_gif(x, [multiple] * count, 15, steps, True)
+            return rows.row_product(codes, weights, scales, zeros, (), *last, 1, 1)[-1]
+        if not shapes.encode_once["oat_int" if integers else "oat"]:
+            return whole(x)
+        codes = rows.row_oat(x, [threshold] * count, (), 2**steps - 1, 2**steps, 0, 4 if integers else 2)
+        sums = (2, rows.limbs_of(2**steps - 1)) if integers else (1, 1)
+        return rows.row_product(codes, weights, scales if integers else (), (), (), *last, *sums)[-1]
+
+    return run
+
+
+def scale_of(kind: str, inner: int) -> float:
+    """What keeps results as large as inputs: weights' codes have a spread."""
+    return inner**-0.5 / (4.6 if kind == "gif4" else 73.3)
 
 
 def product(kind: str, weight: torch.Tensor, inner: int) -> Product:
@@ -93,10 +132,9 @@ def product(kind: str, weight: torch.Tensor, inner: int) -> Product:
     outer = weight.shape[0]
     if kind == "dense":
         return lambda x: F.linear(x, weight)
-    steps = {"bf16": 16, "int8-t7": 7, "int8-t15": 15}.get(kind, 2)
+    steps = STEPS[kind]
     threshold = torch.tensor([3.3, 50.1], device=DEVICE)
-    spread = 4.6 if kind == "gif4" else 73.3  # standard deviation of a weight's codes
-    scale = torch.full((outer,), inner**-0.5 / spread, device=DEVICE)
+    scale = torch.full((outer,), scale_of(kind, inner), device=DEVICE)
     if kind == "bf16":
         return lambda x: products.oat_linear(x, weight, None, threshold, None, 2**steps - 1, 2**steps, 0, False)
     if kind.startswith("int8"):
@@ -308,6 +346,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=285, help="seconds, then what is known is written")
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--package", action="store_true")
     args = parser.parse_args()
     quick = args.quick or not CUDA
     kinds = args.kinds.split(",")
@@ -334,7 +373,7 @@ def main() -> None:
     watch = threading.Timer(args.limit, lambda: (report.say("TOOK TOO LONG"), end(3)))
     watch.daemon = True
     watch.start()
-    if CUDA:
+    if CUDA and not args.package:
         jobs = [(way, sizes, [cut]) for kind in kinds for way in ways(kind) for cut in cuts_of(way)[:few]]
         compile_all(jobs, args.limit / 2)
         report.say(f"compiled {len(jobs)} jobs")
@@ -344,7 +383,10 @@ def main() -> None:
         weights = [Layer(kind, hidden, inner, seed) for seed in range(layers)]
         tables: dict[Way, Table] = {}
         for way in ways(kind):
-            tables[way] = best_cuts(way, weights, sizes, few, report) if kind in KINDS else {}
+            if kind not in KINDS or (args.package and way.once):
+                tables[way] = {}
+            elif not args.package:
+                tables[way] = best_cuts(way, weights, sizes, few, report)
         time_chains(kind, weights, tables, report)
         del weights
         if CUDA:

@@ -48,8 +48,8 @@ WAYS = ((False, False, False), (False, True, False), (True, False, False), (True
 CHAIN_WORDS = """Microseconds of a layer: q, k, v, o, gate, up and down of a LLaMA-7B, one after the other, of {layers}
 layers with weights of their own, in one CUDA graph; the best cuts found; in brackets over PyTorch's. *overlapping*:
 programmatic dependent launch; *encoded once*: a row is encoded by a kernel of its own, else by each program of the
-product; *joined*: q, k and v are one product and gate, up another, which is not built. Ours run as "both". A copy moved
-{copied:.2f} TB/s, bytes read and written."""
+product; *joined*: q, k and v are one product and gate, up another, their weights in one piece. Ours run as "both". A
+copy moved {copied:.2f} TB/s, bytes read and written."""
 CONVERTED = {"las": "LAS, T = 16", "las-int8": "LAS, T = 8, int8 weights", "spikellm": "SpikeLLM, round to nearest"}
 CONVERT_WORDS = """{layers} layers of {shape}, {tokens} tokens for calibration in sequences of 512, reading and writing
 files not included. The model has {model_GiB:.2f} GiB, a block {block_GiB:.3f}. Aims: 60 seconds, met; the model and one

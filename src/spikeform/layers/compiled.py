@@ -8,7 +8,7 @@ from torch.compiler import skip_guard_on_all_nn_modules_unsafe
 from transformers import CompileConfig
 
 
-def compile_config(*, fullgraph: bool = True) -> CompileConfig:
+def compile_config(*, fullgraph: bool = True, together: bool = False) -> CompileConfig:
     """How ``generate`` should compile a converted model, if nobody changes the model meanwhile.
 
     As transformers does by itself, but that a call does not look at every attribute of every module before it begins.
@@ -19,6 +19,8 @@ def compile_config(*, fullgraph: bool = True) -> CompileConfig:
 
     Args:
         fullgraph: Raise an error where a step is not one graph.
+        together: On a GPU, put together what decodes one row: products of one input, what makes and encodes it, the
+            cache (:mod:`spikeform.layers.joined`). Tested by Triton's interpreter; it has not run on a GPU yet.
 
     Returns:
         For ``model.generate(..., cache_implementation="static", compile_config=...)``, or ``model.get_compiled_call``.
@@ -27,4 +29,8 @@ def compile_config(*, fullgraph: bool = True) -> CompileConfig:
         "guard_filter_fn": skip_guard_on_all_nn_modules_unsafe,
         "triton.cudagraphs": True,  # what transformers' own mode, "reduce-overhead", comes to
     }
+    if together:
+        from spikeform.layers.joined import Joined  # Inductor takes a second to import
+
+        options["post_grad_custom_pre_pass"] = Joined()
     return CompileConfig(fullgraph=fullgraph, mode=None, options=options)  # type: ignore[arg-type]  # one excludes the other

@@ -8,9 +8,11 @@ into a cache; mask is additive, ``[B or 1, 1 or H, L, S]``, the dtype's minimum 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from spikeform.native import define
+from spikeform.synapses.rows import POPULATIONS, words_of_oat
 
 
 def _define(schema: str, fake):
@@ -21,6 +23,11 @@ def _define(schema: str, fake):
 def _context(q: Tensor, *_) -> Tensor:
     batch, heads, length, size = q.shape
     return q.new_empty((batch, length, heads, size))
+
+
+def _row(q: Tensor, *args) -> Tensor:
+    thresholds, _, limit, _, _, parts = args[-6:]
+    return q.new_empty((1, words_of_oat(q[0].numel(), thresholds[0].numel(), limit, parts)), dtype=torch.int32)
 
 
 # SpikingAttention with MT or OAT populations without channel shifts. bits = 0: the softmax is real; else by HGs of
@@ -42,12 +49,37 @@ gif_attention = _define(
 )
 # SpikingSelfAttention; here k and v are real too, [B, G, L, E]. seen bool [B, L], or None: no padding. state fp32
 # [T, B, G, E, E], which moves on, or None: none before, and none is kept; number int64 [B]: keys in it, or None: none.
-# Gains of queries, keys, values and output [H], [G], [G], [H]; tau and reset of all neurons, the threshold of all but
-# the output, whose own is ``last``. Not on a GPU: there it runs as PyTorch's operations.
+# windows: those of the key/value heads, 0 where there is none, which come last; with any, state is that of the others,
+# and recent int8 [2, T, B, heads with a window, W, E], the spikes of the last tokens, moves on too. Gains of queries,
+# keys, values and output [H], [G], [G], [H]; tau and reset of all neurons, the threshold of all but the output, whose
+# own is ``last``. Not on a GPU: there it runs as PyTorch's operations.
 ssa_attention = define(
-    "ssa_attention(Tensor q, Tensor k, Tensor v, Tensor? seen, Tensor(a!)? state, Tensor? number, Tensor query,"
-    " Tensor key, Tensor value, Tensor output, int steps, float tau, float threshold, float last, bool hard,"
-    " bool signed, bool normalise) -> Tensor",
+    "ssa_attention(Tensor q, Tensor k, Tensor v, Tensor? seen, Tensor(a!)? state, Tensor(b!)? recent, Tensor?"
+    " number, Tensor query, Tensor key, Tensor value, Tensor output, int steps, float tau, float threshold, float last,"
+    " bool hard, bool signed, bool normalise, int[] windows) -> Tensor",
     _context,
     *["spikeform.layers.cpu.ssa:ssa_attention"] * 2,
+)
+# Codes of what oat_attention leaves of one row, for one matrix: see :mod:`spikeform.synapses.rows`, whose arguments
+# follow. On a GPU alone, in compiled graphs, as are these:
+row_attention = define(
+    "row_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scaling, Tensor query, Tensor key, Tensor value,"
+    " Tensor probability, int own_limit, int peak, int own_resolution, int own_rounding, int bits, bool nearest,"
+    f" int low, int high, {POPULATIONS}) -> Tensor",
+    _row,
+    *["spikeform.layers.triton.attention:row_attention"] * 2,
+)
+# What attention's neurons pack of one token's keys and values [B, G, 1, E], written into caches [B, G, S, ...] at
+# ``place`` int64 [1]; limit, resolution and rounding, or levels, are those of both.
+oat_append = define(
+    "oat_append(Tensor(a!) keys, Tensor(b!) values, Tensor place, Tensor key, Tensor value, Tensor key_threshold,"
+    " Tensor value_threshold, int limit, int resolution, int rounding) -> ()",
+    lambda *_: None,
+    *["spikeform.layers.triton.append:oat_append"] * 2,
+)
+gif_append = define(
+    "gif_append(Tensor(a!) keys, Tensor(b!) values, Tensor place, Tensor key, Tensor value, Tensor key_multiple,"
+    " Tensor value_multiple, int levels, int key_steps, int value_steps) -> ()",
+    lambda *_: None,
+    *["spikeform.layers.triton.append:gif_append"] * 2,
 )

@@ -13,6 +13,8 @@ GIF neuron with a range of each token, signed and unified: ``top`` and ``multipl
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,14 @@ def _integers(x: Tensor, top: Tensor, multiple: Tensor, levels: int, steps: int)
 
 def _gif_packed(x: Tensor, top: Tensor, multiple: Tensor, levels: int, steps: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] + 4), dtype=torch.int8)
+
+
+def _spikes(current: Tensor, steps: int, tau, threshold, hard, signed, narrow: bool) -> Tensor:
+    return current.new_empty((steps, *current.shape[1:]), dtype=torch.int8 if narrow else current.dtype)
+
+
+def _currents(grad: Tensor, current: Tensor, *_) -> Tensor:
+    return torch.empty_like(current, memory_format=torch.contiguous_format)
 
 
 # decode(encode(x)): [..., K] in the dtype of x where ``narrow`` (exact if units are powers of two and limits fit),
@@ -87,4 +97,18 @@ gif_integers = _define(
 # GIF.pack(GIF.encode(x)), int8 [..., E + 4]; tables broadcast to x.
 gif_pack = _define(
     "gif_pack(Tensor x, Tensor top, Tensor multiple, int levels, int steps) -> Tensor", _gif_packed, "gif"
+)
+# LIF: spikes [T, ...] of currents [T, ...], or [1, ...] where they are the same in each step; int8 where ``narrow``,
+# else in the dtype of the currents. And the gradient of the currents from that of the spikes; ``kind`` is the index of
+# the surrogate's name in SURROGATES. Called wherever the neuron is; without triton a GPU takes the CPU's operations.
+_LIF = "spikeform.neurons.cpu.lif", f"spikeform.neurons.{'triton' if find_spec('triton') else 'cpu'}.lif"
+lif_spikes = define(
+    "lif_spikes(Tensor current, int steps, float tau, float threshold, bool hard, bool signed, bool narrow) -> Tensor",
+    _spikes,
+    *(f"{home}:lif_spikes" for home in _LIF),
+)
+lif_gradient = define(
+    "lif_gradient(Tensor grad, Tensor current, float tau, float threshold, bool hard, bool signed, int kind) -> Tensor",
+    _currents,
+    *(f"{home}:lif_gradient" for home in _LIF),
 )

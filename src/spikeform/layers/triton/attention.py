@@ -5,12 +5,15 @@ Few queries (decoding) and many (prefill) have kernels of their own; see those m
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from spikeform.layers.triton import decode, prefill
 from spikeform.layers.triton.operands import Counts, Mask, Populations, dense, train
 from spikeform.layers.triton.query import encode_gif
+from spikeform.synapses.triton.row import oat_lines
 
 FEW = 4  # queries of a sequence
 
@@ -37,6 +40,25 @@ def oat_attention(
     """Attention with multi-threshold populations; see :mod:`spikeform.layers.fused`."""
     rule = Populations(query, key, value, probability, limit, peak, resolution, rounding, bits, nearest, low, high)
     return _attend(dense(q), None, k, v, mask, scaling, rule, q)
+
+
+def row_attention(*args: Any) -> Tensor:
+    """Codes of the ``[1, 1, H, E]`` of :func:`oat_attention`, as :func:`~spikeform.synapses.triton.row.row_oat` makes.
+
+    ``args``: those of both, the latter's without its input; one threshold, no shifts.
+    """
+    q, k, v, mask, scaling, *parameters = args[:-6]
+    thresholds, shifts, limit, resolution, rounding, parts = args[-6:]
+    batch, heads, length, size = q.shape
+    words, how = oat_lines(heads * size, thresholds, shifts, limit, rounding, parts)
+    codes = torch.empty((1, words), dtype=torch.int32, device=q.device)
+    compiled = how["TWO"], how["ROUNDING"], how["LIMBS"], how["PARTS"]
+    line = decode.Line(codes, thresholds[0], limit, resolution, compiled)
+    seen = Mask.of(mask, batch, heads, length, k.shape[2])
+    given = dense(q), None, train(k, size), train(v, size)
+    shape = q.transpose(1, 2)
+    decode.attend(*given, seen, scaling, Populations(*parameters), size, shape, line=line)
+    return codes
 
 
 def gif_attention(

@@ -22,6 +22,9 @@ from spikeform.layers.triton import tiles
 from spikeform.layers.triton.operands import Counts, Mask, Populations, Train, cdiv, padded, pow2, run
 from spikeform.neurons.triton import codes
 from spikeform.neurons.triton.oat import units as units_of
+from spikeform.synapses.triton.launch import meta
+from spikeform.synapses.triton.operands import await_inputs, release
+from spikeform.synapses.triton.row import put
 
 ROWS = 16  # of a program: more rows of one head go to further programs
 PEAKS = tl.constexpr(128)  # blocks whose largest scores are looked at at once
@@ -82,6 +85,32 @@ def _value(packed, threshold, multiple, resolution, OAT: tl.constexpr, TWO: tl.c
     return value
 
 
+@triton.jit
+def _leave(
+    v,
+    at,
+    live,
+    out,
+    line,
+    threshold,
+    width,
+    limit,
+    resolution,
+    LINE: tl.constexpr,
+    LINE_TWO: tl.constexpr,
+    LINE_ROUNDING: tl.constexpr,
+    LINE_LIMBS: tl.constexpr,
+    LINE_PARTS: tl.constexpr,
+):
+    """Store what attention found; LINE: as codes of the only row (:func:`put`), and ``out`` tells its dtype alone."""
+    v = codes.rounded(v, out.dtype.element_ty)
+    if LINE:
+        v = v.to(tl.float32)
+        put(v, at, live, line, threshold, width, limit, resolution, LINE_TWO, LINE_ROUNDING, LINE_LIMBS, LINE_PARTS)
+    else:
+        tl.store(out + at, v, live)
+
+
 # As a cache grows little is to be compiled anew.
 @triton.jit(
     do_not_specialize=["k_b", "k_g", "ku_b", "ku_g", "vu_b", "vu_g", "m_b", "m_h", "m_l"],
@@ -135,7 +164,10 @@ def _scores(
     SIZE: tl.constexpr,
     E: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_inputs(OVERLAP)
+    release(OVERLAP)
     block, pair = tl.program_id(0), tl.program_id(1)
     batch, group = (pair // groups).to(tl.int64), (pair % groups).to(tl.int64)
     head, query, row, live = _row(group, heads, groups, length, ROWS, HIGH)
@@ -215,6 +247,15 @@ def _context(
     v_b,
     v_g,
     v_s,
+    line,
+    line_threshold,
+    line_limit,
+    line_resolution,
+    LINE: tl.constexpr,
+    LINE_TWO: tl.constexpr,
+    LINE_ROUNDING: tl.constexpr,
+    LINE_LIMBS: tl.constexpr,
+    LINE_PARTS: tl.constexpr,
     WORD: tl.constexpr,
     OAT: tl.constexpr,
     TWO_P: tl.constexpr,
@@ -231,7 +272,10 @@ def _context(
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    await_inputs(OVERLAP)
+    release(OVERLAP)
     pair = tl.program_id(1)
     batch, group = (pair // groups).to(tl.int64), (pair % groups).to(tl.int64)
     _, _, row, _ = _row(group, heads, groups, length, ROWS, ROWS)
@@ -321,23 +365,95 @@ def _context(
     if not OAT:
         sums *= unit[:, None] if HIGH == 1 else _padded(unit[:, None], ROWS)
     head, query, row, live = _row(group, heads, groups, length, ROWS, HIGH)
+    there = live[:, None] & inside[None, :]
     if PARTS:
-        at = out + ((pair.to(tl.int64) * parts + mine) * (heads // groups * length) + row[:, None]) * SIZE
+        at = ((pair.to(tl.int64) * parts + mine) * (heads // groups * length) + row[:, None]) * SIZE
+        tl.store(out + at + channel[None, :], sums, there)
     else:
-        at = out + ((batch * length + query[:, None]) * heads + head[:, None]) * SIZE
-    tl.store(at + channel[None, :], codes.rounded(sums, out.dtype.element_ty), live[:, None] & inside[None, :])
+        at = ((batch * length + query[:, None]) * heads + head[:, None]) * SIZE
+        _leave(
+            sums,
+            at + channel[None, :],
+            there,
+            out,
+            line,
+            line_threshold,
+            heads * SIZE,
+            line_limit,
+            line_resolution,
+            LINE,
+            LINE_TWO,
+            LINE_ROUNDING,
+            LINE_LIMBS,
+            LINE_PARTS,
+        )
 
 
 @triton.jit
-def _merge(sums, out, parts, heads, groups, length, PARTS: tl.constexpr, SIZE: tl.constexpr, E: tl.constexpr):
+def _merge(
+    sums,
+    out,
+    parts,
+    heads,
+    groups,
+    length,
+    line,
+    line_threshold,
+    line_limit,
+    line_resolution,
+    LINE: tl.constexpr,
+    LINE_TWO: tl.constexpr,
+    LINE_ROUNDING: tl.constexpr,
+    LINE_LIMBS: tl.constexpr,
+    LINE_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    E: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    await_inputs(OVERLAP)
+    release(OVERLAP)
     row, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     share = heads // groups
     part, e = tl.arange(0, PARTS)[:, None], tl.arange(0, E)
     at = sums + ((pair * parts + part) * (share * length) + row) * SIZE + e[None, :]
     found = tl.sum(tl.load(at, (part < parts) & (e < SIZE)[None, :], other=0.0), 0)
     head = pair % groups * share + row // length
-    to = out + ((pair // groups * length + row % length) * heads + head) * SIZE + e
-    tl.store(to, codes.rounded(found, out.dtype.element_ty), e < SIZE)
+    at = ((pair // groups * length + row % length) * heads + head) * SIZE + e
+    _leave(
+        found,
+        at,
+        e < SIZE,
+        out,
+        line,
+        line_threshold,
+        heads * SIZE,
+        line_limit,
+        line_resolution,
+        LINE,
+        LINE_TWO,
+        LINE_ROUNDING,
+        LINE_LIMBS,
+        LINE_PARTS,
+    )
+
+
+class Line(NamedTuple):
+    """Codes of the only row of a batch, for a product to read: see :mod:`spikeform.synapses.triton.row`.
+
+    Args:
+        codes: int32 ``[1, words]``.
+        threshold: Of the population that encodes, fp32 ``[R]``.
+        limit: Of its codes.
+        resolution: Code units to a threshold.
+        how: What ``put`` is compiled for.
+    """
+
+    codes: Tensor
+    threshold: Tensor
+    limit: int
+    resolution: int
+    how: tuple[bool, int, int, int]
 
 
 def attend(
@@ -351,8 +467,9 @@ def attend(
     size: int,
     out: Tensor,
     form: Form | None = None,
+    line: Line | None = None,
 ) -> None:
-    """Fill ``out`` ``[B, L, H, E]``.
+    """Fill ``out`` ``[B, L, H, E]``, or a line of codes of the only row.
 
     Args:
         q: ``[B, H, L, E or more]``, the last axis dense: real, or integers of the unit ``q_unit`` ``[B, H, L]``.
@@ -363,10 +480,15 @@ def attend(
         scaling: Factor of the scores.
         rule: What encodes: :class:`Populations` of real queries, :class:`Counts` of integers.
         size: E.
-        out: Contiguous.
+        out: Contiguous; where there is a line it only says what shape and dtype the result would have.
         form: Sizes; None: what suits.
+        line: Where codes go.
     """
     batch, length, heads, _ = out.shape
+    left = (out, out, 0, 1) if line is None else line[:4]
+    how = (False, 0, 0, 1) if line is None else line.how
+    names = "LINE_TWO", "LINE_ROUNDING", "LINE_LIMBS", "LINE_PARTS"
+    kept = {"LINE": line is not None, **dict(zip(names, how, strict=True))}
     groups, keys = k.codes.shape[1:3]
     rows, oat = heads // groups * length, isinstance(rule, Populations)
     pairs = batch * groups
@@ -390,7 +512,7 @@ def attend(
     sizes = {
         "OAT": oat, "ROUNDING": rounding, "ROWS": form.rows, "HIGH": form.high, "SIZE": size, "BLOCK": form.block,
         "num_warps": form.warps,
-    }  # fmt: skip
+    } | meta()  # fmt: skip
     run(
         _scores, (blocks, pairs, splits), q, q_unit, k.codes, k.units, v.units, mask.values, scores, peaks, units,
         of_query, of_key, of_key, mask.least, scaling, limit, resolution, heads, groups, length, keys,
@@ -400,13 +522,13 @@ def attend(
     run(
         _context, (cdiv(size, form.channels) * parts, pairs, splits), scores, peaks, units, v.codes, sums, of_value,
         of_probability, of_value, rule.peak, resolution, top, floor, heads, groups, length, keys, blocks, parts,
-        *v.places, WORD=v.word, TWO_P=two["TWO_P"], TWO_V=two["TWO_V"], CHANNELS=form.channels, WIDE=form.wide,
-        STEP=form.step, STAGES=form.stages, PARTS=parts > 1, **bank, **sizes,
+        *v.places, *left, WORD=v.word, TWO_P=two["TWO_P"], TWO_V=two["TWO_V"], CHANNELS=form.channels, WIDE=form.wide,
+        STEP=form.step, STAGES=form.stages, PARTS=parts > 1, **bank, **sizes, **kept,
     )  # fmt: skip
     if parts > 1:
         run(
-            _merge, (rows, pairs), sums, out, parts, heads, groups, length, PARTS=pow2(parts), SIZE=size,
-            E=padded(size), num_warps=1 if parts < 8 else 4,
+            _merge, (rows, pairs), sums, out, parts, heads, groups, length, *left, PARTS=pow2(parts), SIZE=size,
+            E=padded(size), num_warps=1 if parts < 8 else 4, **kept, **meta(),
         )  # fmt: skip
 
 

@@ -31,6 +31,15 @@ def await_inputs(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def pick(given, part):
+    """Element ``part`` of a tuple of pointers, or of numbers."""
+    found = given[0]
+    for i in tl.static_range(1, len(given)):
+        found = tl.where(part == i, given[i], found)
+    return found
+
+
+@triton.jit
 def oat_units(threshold, resolution, TWO: tl.constexpr):
     """Thresholds and units of both sub-neurons, fp32 scalars; those of the first twice where there is one."""
     first = tl.load(threshold)
@@ -41,7 +50,12 @@ def oat_units(threshold, resolution, TWO: tl.constexpr):
 @triton.jit
 def drive(x, shift, at, live, SHIFTED: tl.constexpr):
     """Membrane potentials, fp32: the input at ``at``, of which channel ``shift`` points at the powers of two."""
-    v = tl.load(x + at, live, other=0.0).to(tl.float32)
+    return shifted(tl.load(x + at, live, other=0.0).to(tl.float32), shift, live, SHIFTED)
+
+
+@triton.jit
+def shifted(v, shift, live, SHIFTED: tl.constexpr):
+    """``v`` as potentials, where channel thresholds differ by powers of two, at which ``shift`` points."""
     if SHIFTED:
         exponent = tl.load(shift, live, other=0).to(tl.int32)
         v = v * ((127 - exponent) << 23).to(tl.float32, bitcast=True)

@@ -1,6 +1,6 @@
 """CUDA kernels of :mod:`spikeform.synapses.fused`: which kernel runs a product.
 
-A single row streams the weights through a matrix-vector kernel with the neuron inside, or encoded once in front of it
+A single row streams the weights through a matrix-vector kernel, encoded once in front of it or by each program
 (:mod:`.shapes` says which); up to 64 put planes or limbs of the codes through tensor cores, split along K; more rows
 are one product of matrices.
 """
@@ -14,23 +14,17 @@ from torch import Tensor
 from spikeform.neurons.triton.gif import gif_integers
 from spikeform.neurons.triton.oat import oat_values
 from spikeform.synapses.fused import EVENT_ROWS
+from spikeform.synapses.rows import limbs_of
 from spikeform.synapses.triton import shapes
-from spikeform.synapses.triton.encode import (
-    excess_of,
-    gif_words,
-    limbs_of,
-    oat_limbs,
-    oat_planes,
-    oat_row,
-    oat_words,
-)
+from spikeform.synapses.triton.encode import excess_of, oat_limbs, oat_planes
 from spikeform.synapses.triton.event import event
 from spikeform.synapses.triton.finish import finish_limbs, finish_real, finish_rows
 from spikeform.synapses.triton.gemm import gemm
 from spikeform.synapses.triton.gemv import gif_gemv, oat_gemv, oat_int_gemv
 from spikeform.synapses.triton.launch import ahead, cdiv, meta, next_power
+from spikeform.synapses.triton.row import row_gif, row_oat
 from spikeform.synapses.triton.skinny import sums
-from spikeform.synapses.triton.stream import stream
+from spikeform.synapses.triton.stream import row_product
 
 SKINNY = 64  # most rows of a skinny product
 BLAS = 17  # least rows whose values, where one plane carries them, go to the library
@@ -57,25 +51,22 @@ def oat_linear(
         return out
     with torch.cuda.device_of(x):
         if rows == 1:
-            _oat_strip(x, weight, bias, threshold, shift, limit, resolution, rounding, out)
-        elif weight.dtype != torch.bfloat16 or (single and rows >= BLAS):
+            return _oat_strip(x, weight, bias, threshold, shift, limit, resolution, rounding, out)
+        if weight.dtype != torch.bfloat16 or (single and rows >= BLAS):
             narrow = weight.dtype == x.dtype and (single or x.dtype == torch.float32)
             values = oat_values(x, threshold, shift, limit, resolution, rounding, narrow)
             bias = None if bias is None else bias.to(weight.dtype)
             return F.linear(values.to(weight.dtype), weight, bias).to(x.dtype)
-        else:
-            _oat_planes(x, weight, bias, threshold, shift, limit, resolution, rounding, single, out)
+        _oat_planes(x, weight, bias, threshold, shift, limit, resolution, rounding, single, out)
     return out
 
 
-def _oat_strip(x, weight, bias, threshold, shift, limit, resolution, rounding, out) -> None:
+def _oat_strip(x, weight, bias, threshold, shift, limit, resolution, rounding, out) -> Tensor:
     columns, inner = weight.shape
     parts = 4 // weight.element_size()
     if shapes.encode_once["oat"] and inner % parts == 0:
-        values = oat_row(x, threshold, shift, limit, resolution, rounding, parts)
-        cut = shapes.stream_strip("oat", columns, inner // parts, parts)
-        stream(values.view(torch.int32), weight, None, None, bias, out, 1, 1, cut)
-        return
+        values = row_oat(x, [threshold], _given(shift), limit, resolution, rounding, parts)
+        return row_product(values, [weight], (), (), _given(bias), None, x.dtype, x.shape[:-1], 1, 1)[0]
     cut = shapes.oat_strip(columns, inner)
     oat_gemv[(cdiv(columns, cut.n),)](
         x,
@@ -101,6 +92,7 @@ def _oat_strip(x, weight, bias, threshold, shift, limit, resolution, rounding, o
             num_warps=cut.warps,
         ),
     )
+    return out
 
 
 def _oat_planes(x, weight, bias, threshold, shift, limit, resolution, rounding, single, out) -> None:
@@ -135,8 +127,7 @@ def oat_linear_int(
         return out
     with torch.cuda.device_of(x):
         if rows == 1 and inner % 4 == 0:
-            _oat_int_strip(x, weight, scale, bias, threshold, limit, resolution, rounding, out)
-            return out
+            return _oat_int_strip(x, weight, scale, bias, threshold, limit, resolution, rounding, out)
         flat = out.view(rows, columns)
         for start in range(0, rows, LARGEST_BATCH):
             some = x.view(rows, inner)[start : start + LARGEST_BATCH]
@@ -147,13 +138,12 @@ def oat_linear_int(
     return out
 
 
-def _oat_int_strip(x, weight, scale, bias, threshold, limit, resolution, rounding, out) -> None:
+def _oat_int_strip(x, weight, scale, bias, threshold, limit, resolution, rounding, out) -> Tensor:
     (columns, inner), limbs, branches = weight.shape, limbs_of(limit), threshold.numel()
     if shapes.encode_once["oat_int"]:
-        codes = oat_words(x, threshold, limit, resolution, rounding)
-        cut = shapes.stream_strip("oat_int", columns, inner // 4, branches * limbs)
-        stream(codes, weight, scale, None, bias, out, branches, limbs, cut)
-        return
+        codes = row_oat(x, [threshold], (), limit, resolution, rounding, 4)
+        lead = x.shape[:-1]
+        return row_product(codes, [weight], [scale], (), _given(bias), None, x.dtype, lead, branches, limbs)[0]
     cut = shapes.oat_int_strip(columns, inner)
     oat_int_gemv[(cdiv(columns, cut.n),)](
         x,
@@ -179,6 +169,7 @@ def _oat_int_strip(x, weight, scale, bias, threshold, limit, resolution, roundin
             enable_fp_fusion=False,
         ),
     )
+    return out
 
 
 def _int_sums(codes: Tensor, weight: Tensor) -> Tensor:
@@ -211,8 +202,8 @@ def gif_linear(
         return out
     with torch.cuda.device_of(x):
         if rows == 1 and inner % 4 == 0:
-            _gif_strip(x, weight if packed is None else packed, scale, zero, bias, multiple, levels, steps, out)
-            return out
+            small = weight if packed is None else packed
+            return _gif_strip(x, small, scale, zero, bias, multiple, levels, steps, out)
         codes, unit = gif_integers(x, top, multiple, levels, steps)
         codes, unit, flat = codes.view(rows, inner), unit.view(rows), out.view(rows, columns)
         if rows <= SKINNY:
@@ -224,14 +215,13 @@ def gif_linear(
     return out
 
 
-def _gif_strip(x, weight, scale, zero, bias, multiple, levels, steps, out) -> None:
+def _gif_strip(x, weight, scale, zero, bias, multiple, levels, steps, out) -> Tensor:
     columns, inner, packed = weight.shape[0], x.shape[-1], weight.dtype == torch.uint8
     weight = weight.contiguous()
     if shapes.encode_once["gif"]:
-        codes = gif_words(x, multiple, levels, steps, packed)
-        cut = shapes.stream_strip("gif", columns, weight.shape[1] // 4, 2 if packed else 1)
-        stream(codes, weight, scale, zero, bias, out, 1, 1, cut)
-        return
+        codes = row_gif(x, [multiple], levels, steps, packed)
+        zeros = [zero] if packed else ()
+        return row_product(codes, [weight], [scale], zeros, _given(bias), None, x.dtype, x.shape[:-1], 1, 1)[0]
     cut = shapes.gif_strip(columns, inner, packed)
     gif_gemv[(cdiv(columns, cut.n),)](
         x,
@@ -258,6 +248,7 @@ def _gif_strip(x, weight, scale, zero, bias, multiple, levels, steps, out) -> No
             enable_fp_fusion=False,
         ),
     )
+    return out
 
 
 def event_product(values: Tensor, rows: Tensor, scale: Tensor | None, width: int) -> Tensor:
@@ -270,6 +261,10 @@ def event_product(values: Tensor, rows: Tensor, scale: Tensor | None, width: int
         for start in range(0, flat.shape[0], EVENT_ROWS):
             event(flat[start : start + EVENT_ROWS], rows, scale, out[start : start + EVENT_ROWS], cut)
     return out.view(*values.shape[:-1], width)
+
+
+def _given(tensor: Tensor | None) -> list[Tensor]:
+    return [] if tensor is None else [tensor]
 
 
 def _out(x: Tensor, weight: Tensor) -> tuple[Tensor, int]:

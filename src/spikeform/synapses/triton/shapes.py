@@ -44,10 +44,22 @@ def gif_strip(columns: int, inner: int, packed: bool) -> Strip:
     return Strip(16, 128, 4, 1) if columns > inner else Strip(32, 256, 8, 1)
 
 
-def stream_strip(kind: str, columns: int, width: int, planes: int) -> Strip:
-    """A row that another kernel encoded, as so many planes of codes; ``width``: words of a row of the weight."""
-    few = columns * width < LARGE // 4 and planes <= 2  # short programs, all of them there at once
-    return Strip(8 if few or kind == "oat" else 16, 128, 8, 8)
+def stream_strip(element: str, columns: int, width: int, planes: int) -> Strip:
+    """A row that another kernel encoded, as so many planes of codes; ``width``: words of a row of the weight.
+
+    Args:
+        element: ``real``, ``int8`` or ``int4``.
+        columns: Output features, of all matrices that meet the row.
+        width: As said.
+        planes: As said.
+    """
+    if element != "int8":  # long rows in whole steps: all warps side by side
+        if width % 512 or (element == "int4" and columns >= 2**14):
+            return Strip(16, 128, 8, 8)
+        return Strip(8, 512, 4, 2) if element == "real" else Strip(4, 512, 4, 4)
+    if columns * width < LARGE // 4:  # short programs, all of them there at once
+        return Strip(8, 128, 8, 8) if planes <= 2 else Strip(32, 128, 8, 4)
+    return Strip(16, 128, 8, 4 if columns > 4 * width else 8)
 
 
 def skinny_shape(rows: int, columns: int, inner: int, element: str) -> Shape:

@@ -1,5 +1,8 @@
 # ruff: noqa: RUF005, SIM109 (kernels know no unpacking into a tuple, and no membership in one)
-"""One row, encoded once by another kernel, times a weight matrix: programs do nothing but stream weights.
+"""One row, encoded once by another kernel, times weight matrices: programs do nothing but stream weights.
+
+Several matrices that meet the same row (queries, keys, values) are one launch: a program belongs to one of them, and
+its codes may be others (each has its own neuron).
 
 Weights do not depend on the neuron: a program has its first tiles on their way to registers before it waits for codes.
 K is known to the compiler, so that tiles take turns in registers and nothing is copied. A thread has four words, 16
@@ -11,16 +14,22 @@ each), or one warp wide and there are more threads than words; else they go roun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from spikeform.synapses.triton.launch import Strip, ahead, cdiv, meta
-from spikeform.synapses.triton.operands import ask, await_inputs, dot4, release, together
+from spikeform.neurons.triton.codes import rounded
+from spikeform.synapses.rows import SUMMED
+from spikeform.synapses.triton import shapes
+from spikeform.synapses.triton.launch import ahead, cdiv, meta
+from spikeform.synapses.triton.operands import ask, await_inputs, dot4, pick, release, together
 
 BYTES, NIBBLES, BF16, FP32 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 KINDS = {torch.int8: BYTES.value, torch.uint8: NIBBLES.value, torch.bfloat16: BF16.value, torch.float32: FP32.value}
+ELEMENTS = ("int8", "int4", "real", "real")  # by kind
 
 
 @triton.jit
@@ -89,31 +98,45 @@ def _times(weights, codes, sums, SIGNED: tl.constexpr):
 @triton.jit
 def _stream(
     codes,
-    weight,
-    scale,
-    zero,
-    bias,
-    out,
-    N,
+    weights,
+    scales,
+    zeros,
+    biases,
+    residual,
+    outs,
+    sizes,
     KIND: tl.constexpr,
     WIDTH: tl.constexpr,
     BRANCHES: tl.constexpr,
     LIMBS: tl.constexpr,
     PLANES: tl.constexpr,
     PARTS: tl.constexpr,
+    STRIDE: tl.constexpr,
     BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DEPTH: tl.constexpr,
     AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """``out [N]``; ``weight`` int32 words ``[N, WIDTH]``: an fp32, two bf16, four int8 or eight nibbles each.
+    """``outs [N]``; ``weights`` int32 words ``[N, WIDTH]``: an fp32, two bf16, four int8 or eight nibbles each.
 
-    ``codes``, words too, ``[PLANES, WIDTH]``: fp32 of real weights; of nibbles bytes, a unit and PARTS sums of codes;
-    of int8 bytes, ``[BRANCHES, LIMBS, WIDTH]``, and BRANCHES units.
+    Tuples have an entry for each matrix, whose output features are ``sizes``; its codes are STRIDE words after those
+    of the one before it. ``codes``, words too, ``[PLANES, WIDTH]``: fp32 of real weights; of nibbles bytes, a unit and
+    PARTS sums of codes; of int8 bytes, ``[BRANCHES, LIMBS, WIDTH]``, and BRANCHES units.
     """
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    program = tl.program_id(0)
+    part, first = program * 0, program * 0
+    behind = first
+    for i in tl.static_range(1, len(weights)):
+        behind += tl.cdiv(sizes[i - 1], BLOCK_N)
+        part = tl.where(program >= behind, i, part)
+        first = tl.where(program >= behind, behind, first)
+    N = pick(sizes, part)
+    weight = pick(weights, part)
+    codes += part * STRIDE
+    n = (program - first) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = (n % N).to(tl.int64)
     REAL: tl.constexpr = KIND == BF16 or KIND == FP32
     SUMS: tl.constexpr = BRANCHES * LIMBS
@@ -121,7 +144,7 @@ def _stream(
     rows = weight + row[:, None] * WIDTH + tl.arange(0, BLOCK_K)[None, :]
     tiles = _start(rows, STEPS, DEPTH, WIDTH, BLOCK_K)
     ask(weight.to(tl.pointer_type(tl.uint8)), row, WIDTH * 4, BLOCK_N, DEPTH * BLOCK_K * 4, AHEAD)
-    factor = 1.0 if REAL else tl.load(scale + n, n < N, other=0.0)
+    factor = 1.0 if REAL else tl.load(pick(scales, part) + n, n < N, other=0.0)
     await_inputs(OVERLAP)
     release(OVERLAP)
     sums = ()
@@ -150,66 +173,85 @@ def _stream(
         total = together(sums, 0, LIMBS)
         if KIND == NIBBLES:
             count = 0
-            for part in tl.static_range(PARTS):
-                count += tl.load(units + 1 + part)
-            total -= tl.load(zero + n, n < N, other=0).to(tl.int64) * count
+            for i in tl.static_range(PARTS):
+                count += tl.load(units + 1 + i)
+            total -= tl.load(pick(zeros, part) + n, n < N, other=0).to(tl.int64) * count
         y = (total.to(tl.float32) * factor) * tl.load(units).to(tl.float32, bitcast=True)
         if BRANCHES == 2:
             unit = tl.load(units + 1).to(tl.float32, bitcast=True)
             y += (together(sums, LIMBS, LIMBS).to(tl.float32) * factor) * unit
     if BIAS:
-        y += tl.load(bias + n, n < N, other=0.0).to(tl.float32)
-    tl.store(out + n, y.to(out.dtype.element_ty), n < N)
+        y += tl.load(pick(biases, part) + n, n < N, other=0.0).to(tl.float32)
+    out = pick(outs, part)
+    if RESIDUAL:  # of a single matrix: what the product alone would have left, and then the sum
+        y = rounded(y, out.dtype.element_ty).to(tl.float32) + tl.load(residual + n, n < N, other=0.0).to(tl.float32)
+        tl.store(out + n, rounded(y, out.dtype.element_ty), n < N)
+    else:
+        tl.store(out + n, y.to(out.dtype.element_ty), n < N)
 
 
-def stream(
+def row_product(
     codes: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    lead: Sequence[int],
     branches: int,
     limbs: int,
-    cut: Strip,
-) -> None:
-    """``out [N] = sum_r unit_r (scale sum_i 256^i W codes_ri) + bias``, or, of real weights, ``W values + bias``.
+) -> list[Tensor]:
+    """``sum_r unit_r (scale sum_i 256^i W codes_ri) + bias``, or, of real weights, ``W values + bias``: ``[*lead, N]``.
+
+    Sequences have an entry for each matrix; those of what there is not are empty.
 
     Args:
-        codes: What :func:`~.encode.oat_words`, :func:`~.encode.gif_words` or :func:`~.encode.oat_row` made.
-        weight: int8, bf16 or fp32 ``[N, K]``, or uint8 ``[N, K / 2]`` of
-            :func:`spikeform.synapses.fused.pack_nibbles`; contiguous, a row of whole words of four bytes.
-        scale: fp32 ``[N]``, of integer weights.
-        zero: int16 ``[N]``, what packed weights hold in excess.
-        bias: ``[N]``.
-        out: ``[N]``, contiguous.
+        codes: What a function of :mod:`.row` made: int32 ``[P, words]``, P of the matrices.
+        weights: int8, bf16 or fp32 ``[N, K]``, or uint8 ``[N, K / 2]`` of
+            :func:`spikeform.synapses.fused.pack_nibbles`; a row is whole words of four bytes.
+        scales: fp32 ``[N]``, of integer weights.
+        zeros: int16 ``[N]``, what packed weights hold in excess.
+        biases: ``[N]``.
+        residual: ``[*lead, N]``, to be added to the result of the only matrix, which is rounded first; or None.
+        dtype: Of the results.
+        lead: As many ones as the row had axes before its channels.
         branches: R; 1 of real weights.
         limbs: L; 1 of real weights.
-        cut: How it is cut.
     """
-    columns, words = weight.shape[0], weight.view(torch.int32)
-    width, kind = words.shape[1], KINDS[weight.dtype]
-    _stream[(cdiv(columns, cut.n),)](
-        codes,
-        words,
-        codes if scale is None else scale,
-        codes if zero is None else zero,
-        codes if bias is None else bias,
-        out,
-        columns,
-        **meta(
-            KIND=kind,
-            WIDTH=width,
-            BRANCHES=branches,
-            LIMBS=limbs,
-            PLANES=2 if kind in (NIBBLES.value, BF16.value) else branches * limbs,
-            PARTS=codes.numel() - 2 * width - 1 if kind == NIBBLES.value else 0,
-            BIAS=bias is not None,
-            BLOCK_N=cut.n,
-            BLOCK_K=cut.k,
-            DEPTH=cut.stages,
-            AHEAD=ahead(cut, weight),
-            num_warps=cut.warps,
-            enable_fp_fusion=kind in (BF16.value, FP32.value),
-        ),
-    )
+    words = tuple([weight.contiguous().view(torch.int32) for weight in weights])
+    width, kind = words[0].shape[1], KINDS[weights[0].dtype]
+    sizes = tuple([weight.shape[0] for weight in weights])
+    planes = 2 if kind in (NIBBLES.value, BF16.value) else branches * limbs
+    cut = shapes.stream_strip(ELEMENTS[kind], sum(sizes), width, planes)
+    outs = [codes.new_empty((*lead, size), dtype=dtype) for size in sizes]
+    none = (codes,)
+    with torch.cuda.device_of(codes):
+        _stream[(sum(cdiv(size, cut.n) for size in sizes),)](
+            codes,
+            words,
+            tuple(scales) or none,
+            tuple(zeros) or none,
+            tuple(biases) or none,
+            codes if residual is None else residual.contiguous(),
+            tuple(outs),
+            sizes,
+            **meta(
+                KIND=kind,
+                WIDTH=width,
+                BRANCHES=branches,
+                LIMBS=limbs,
+                PLANES=planes,
+                PARTS=cdiv(8 * width, SUMMED) if kind == NIBBLES.value else 0,
+                STRIDE=codes.shape[1],
+                BIAS=len(biases) > 0,
+                RESIDUAL=residual is not None,
+                BLOCK_N=cut.n,
+                BLOCK_K=cut.k,
+                DEPTH=cut.stages,
+                AHEAD=min(ahead(cut, weight) for weight in weights),
+                num_warps=cut.warps,
+                enable_fp_fusion=kind in (BF16.value, FP32.value),
+            ),
+        )
+    return outs

@@ -1,0 +1,296 @@
+"""Products of one decoded row in a compiled graph, put together: fewer launches, the same numbers.
+
+Layers call an operator each: those of :mod:`spikeform.synapses.fused` encode their input, and multiply. A model that
+decodes token by token is a chain of such calls, and what lies between the products of weights takes as long as half of
+them. A pass over the graph that ``torch.compile`` made (Inductor, on a GPU) sees what a layer cannot:
+
+- products of one row and of one kind become one encoder and one product of several matrices;
+- a norm of spikes, a gate times its other factor, or attention, that goes nowhere else encodes what it leaves;
+- where the next thing is such a norm, a residual is added by the product;
+- keys and values of one token are encoded and put into their cache by one operator.
+
+Modules, checkpoints and models that are not compiled know nothing of it; what a hook changes is in the graph. Sums are
+the same in the same order. A norm sums its squares in another: a code may differ where a last bit decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
+from operator import getitem
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph
+from torch.fx.node import map_arg
+
+from spikeform.layers import fused as layers
+from spikeform.neurons import fused as neurons
+from spikeform.synapses import fused, rows
+from spikeform.synapses.rows import limbs_of
+
+Node = Any  # of torch.fx: what its arguments are is known from its operator
+OPS = torch.ops.spikeform  # as these define them
+DEFINED = neurons, fused, rows, layers
+DEVICES = {"cuda"}  # whose products are put together
+ADD, COPY = torch.ops.aten.add.Tensor, torch.ops.aten.copy_.default
+PUT, COPIED = torch.ops.aten.index_put.default, torch.ops.aten.index_copy.default  # with decompositions, and without
+
+
+class Product(NamedTuple):
+    """A product of one row in the graph, taken apart.
+
+    Attributes:
+        node: It.
+        x: What it encodes.
+        encoder: The operator that encodes a row for several matrices.
+        neuron: Its arguments that differ from matrix to matrix, a tuple of nodes for each list.
+        how: Its other arguments.
+        weight: The matrix, and its scale, zero-points and bias where it has them.
+        sums: Branches and limbs.
+    """
+
+    node: Node
+    x: Node
+    encoder: Any
+    neuron: tuple[Node | None, ...]
+    how: tuple
+    weight: tuple[Node | None, ...]
+    sums: tuple[int, int]
+
+    @property
+    def kind(self) -> Hashable:
+        """What products of one launch have in common."""
+        thresholds = value(self.neuron[0]).numel() if self.encoder is OPS.row_oat.default else 0
+        given = tuple(x is None for x in self.neuron + self.weight)
+        return self.x, self.encoder, self.how, thresholds, given, value(self.weight[0]).dtype, value(self.node).dtype
+
+
+def value(node: Any) -> Tensor:
+    """The fake tensor that stands for what a node gives."""
+    return node.meta["val"]
+
+
+def _oat(node: Node, x, weight, bias, threshold, shift, limit, resolution, rounding, _single) -> Product:
+    how = limit, resolution, rounding, 4 // value(weight).element_size()
+    return Product(node, x, OPS.row_oat.default, (threshold, shift), how, (weight, None, None, bias), (1, 1))
+
+
+def _oat_int(node: Node, x, weight, scale, bias, threshold, limit, resolution, rounding) -> Product:
+    sums = value(threshold).numel(), limbs_of(limit)
+    how = limit, resolution, rounding, 4
+    return Product(node, x, OPS.row_oat.default, (threshold, None), how, (weight, scale, None, bias), sums)
+
+
+def _gif(node: Node, x, weight, scale, packed, zero, bias, _top, multiple, levels, steps) -> Product:
+    how = levels, steps, packed is not None
+    matrix = (weight, scale, None, bias) if packed is None else (packed, scale, zero, bias)
+    return Product(node, x, OPS.row_gif.default, (multiple,), how, matrix, (1, 1))
+
+
+PRODUCTS: dict[Any, Callable[..., Product]] = {
+    OPS.oat_linear.default: _oat,
+    OPS.oat_linear_int.default: _oat_int,
+    OPS.gif_linear.default: _gif,
+}
+PRODUCERS = {
+    OPS.hg_norm.default: OPS.row_norm.default,
+    OPS.hg_gated.default: OPS.row_gated.default,
+    OPS.oat_attention.default: OPS.row_attention.default,
+}
+VIEWS = {torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
+# By an attention: what packs its keys and values, the operator that puts both into a cache, and which arguments that
+# takes of the two that pack.
+APPENDS = {
+    OPS.oat_attention.default: (
+        OPS.oat_pack.default,
+        OPS.oat_append.default,
+        lambda k, v: (k[1], v[1], *k[2:]) if k[2:] == v[2:] else None,
+    ),
+    OPS.gif_attention.default: (
+        OPS.gif_pack.default,
+        OPS.gif_append.default,
+        lambda k, v: (k[2], v[2], k[3], k[4], v[4]) if k[3] == v[3] else None,
+    ),
+}
+
+
+def product_of(node: Node) -> Product | None:
+    """A product of one row that its kernels take, or None."""
+    make = PRODUCTS.get(node.target)
+    if make is None or node.kwargs:
+        return None
+    found = make(node, *node.args)
+    x, weight = value(found.x), value(found.weight[0])
+    if x.device.type not in DEVICES or any(not isinstance(n, int) for n in x.shape) or x.numel() != x.shape[-1]:
+        return None
+    whole = weight.shape[1] * weight.element_size() % 4 == 0 and x.shape[-1] % 4 == 0
+    known = weight.dtype in (torch.int8, torch.uint8, torch.bfloat16, torch.float32)
+    return found if whole and known and weight.is_contiguous() and x.numel() else None
+
+
+class Joined(CustomGraphPass):
+    """The pass; see the module. All of them are one: what was compiled with one is compiled for the others."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Joined)
+
+    def __hash__(self) -> int:
+        return hash(Joined)
+
+    def __call__(self, graph: Graph) -> None:
+        """Put together what can be, in place."""
+        groups: dict[Hashable, list[Product]] = {}
+        order = {node: place for place, node in enumerate(graph.nodes)}
+        for node in graph.nodes:
+            found = product_of(node)
+            if found is None:
+                continue
+            group = groups.setdefault(found.kind, [])
+            if not group or all(_early(x, group[0].node, order) for x in (*found.neuron, *found.weight)):
+                group.append(found)
+        for node in list(graph.nodes):
+            if node.target in APPENDS:
+                _append(graph, node)
+        for group in groups.values():
+            _join(graph, group, order)
+
+    def uuid(self) -> bytes:
+        """Graphs that were compiled with this pass are kept apart from others."""
+        return get_hash_for_files((__file__, *(module.__file__ for module in DEFINED)))
+
+
+def _early(node: Node | None, first: Node, order: dict[Node, int]) -> bool:
+    """Whether ``node`` is there before ``first``, or can be: it is made of the graph's inputs alone."""
+    if node is None or node.op in ("placeholder", "get_attr") or order.get(node, len(order)) < order[first]:
+        return True
+    return node.op == "call_function" and all(_early(x, first, order) for x in node.all_input_nodes)
+
+
+def _hoist(node: Node | None, first: Node, order: dict[Node, int]) -> None:
+    if node is None or node.op != "call_function" or order[node] < order[first]:
+        return
+    for x in node.all_input_nodes:
+        _hoist(x, first, order)
+    first.prepend(node)
+    order[node] = order[first] - 1
+
+
+def _join(graph: Graph, group: list[Product], order: dict[Node, int]) -> None:
+    first, x = group[0], group[0].node.args[0]  # as it is now: it may have been put together itself
+    for member in group[1:]:
+        for node in (*member.neuron, *member.weight):
+            _hoist(node, first.node, order)
+    lists = [[p.neuron[i] for p in group if p.neuron[i] is not None] for i in range(len(first.neuron))]
+    matrices = [[p.weight[i] for p in group if p.weight[i] is not None] for i in range(4)]
+    residual, total = _residual(group, order)
+    encoder, source, made = first.encoder, (x,), _made(x, group)
+    if made is not None:
+        encoder, source = PRODUCERS[made.target], made.args
+    y = value(first.node)
+    last = residual, y.dtype, list(y.shape[:-1]), *first.sums
+    with graph.inserting_before(first.node):
+        codes = _call(graph, encoder, (*source, *lists, *first.how))
+        outs = _call(graph, OPS.row_product.default, (codes, *matrices, *last))
+        parts = [_call(graph, getitem, (outs, i)) for i in range(len(group))]
+    order |= dict.fromkeys(parts, order[first.node])
+    for member, part in zip(group, parts, strict=True):
+        replaced = member.node if total is None else total
+        replaced.replace_all_uses_with(part)
+        if total is not None:
+            graph.erase_node(total)
+        graph.erase_node(member.node)
+    if made is not None:
+        for node in dict.fromkeys((x, made)):  # the view of it, if there is one, and it
+            graph.erase_node(node)
+
+
+def _made(x: Node, group: list[Product]) -> Node | None:
+    """What makes the row ``x`` for these products alone, and can encode it; or None."""
+    made = x.args[0] if x.target in VIEWS and len(x.args[0].users) == 1 else x
+    if made.target not in PRODUCERS or group[0].encoder is not OPS.row_oat.default:
+        return None
+    if set(x.users) != {p.node for p in group} or made.kwargs:
+        return None
+    if made.target is not OPS.oat_attention.default:
+        return made if x is made else None
+    plain = len(group) == 1 and group[0].neuron[1] is None and value(made).numel() == value(x).numel() > 0
+    return made if plain else None
+
+
+def _residual(group: list[Product], order: dict[Node, int]) -> tuple[Node | None, Node | None]:
+    """What is added to the only product, and the sum: where a norm follows, and no other kernel would add it."""
+    node = group[0].node
+    if len(group) > 1 or len(node.users) > 1:
+        return None, None
+    total = next(iter(node.users), None)
+    if total is None or total.target is not ADD or total.kwargs or len(total.all_input_nodes) < 2:
+        return None, None
+    other = total.args[1] if total.args[0] is node else total.args[0]
+    same = {(value(n).shape, value(n).dtype) for n in (node, other, total)}
+    norm = any(user.target is OPS.hg_norm.default for user in total.users)
+    return (other, total) if norm and len(same) == 1 and order[other] < order[node] else (None, None)
+
+
+class Put(NamedTuple):
+    """One token's codes on their way into a cache that is an input of the graph: nodes."""
+
+    cache: Node
+    place: Node
+    pack: Node
+    put: Node
+    copy: Node
+
+
+def _put(node: Any, attention: Node, pack: Any) -> Put | None:
+    """How ``attention`` comes by its keys or values, where it is so, and nobody else looks on."""
+    target = getattr(node, "target", None)
+    if target is None or node.kwargs:
+        return None
+    if target is PUT and len(node.args) == 3 and len(node.args[1]) == 3 and node.args[1][:2] == [None, None]:
+        cache, (_, _, spot), packed = node.args
+    elif target is COPIED and node.args[1] in (2, -2):
+        cache, _, spot, packed = node.args
+    else:
+        return None
+    copies = [user for user in node.users if user.target is COPY and user.args == (cache, node)]
+    if len(copies) != 1 or set(node.users) != {attention, *copies}:
+        return None
+    if cache.op != "placeholder" or set(cache.users) != {node, *copies} or packed.target is not pack:
+        return None
+    to, x, place = value(cache), value(packed.args[0]), value(spot)
+    one_token = x.ndim == to.ndim == 4 and x.shape[2] == 1 and place.shape == (1,) and place.dtype == torch.int64
+    fits = to.dtype == value(packed).dtype and to.shape[:2] == x.shape[:2] and to.shape[3] == value(packed).shape[3]
+    if not one_token or not fits or to.stride(3) != 1 or to.device.type not in DEVICES or len(packed.users) != 1:
+        return None
+    return Put(cache, spot, packed, node, copies[0])
+
+
+def _append(graph: Graph, attention: Node) -> None:
+    """One operator for keys and values, before ``attention``, which then reads the cache itself."""
+    pack, append, both = APPENDS[attention.target]
+    keys, values = (_put(node, attention, pack) for node in attention.args[1:3])
+    if keys is None or values is None or keys.place is not values.place or keys.cache is values.cache:
+        return
+    how = both(keys.pack.args, values.pack.args)
+    if how is None or value(keys.pack.args[0]).shape != value(values.pack.args[0]).shape:
+        return
+    with graph.inserting_before(attention):
+        given = keys.pack.args[0], values.pack.args[0]
+        _call(graph, append, (keys.cache, values.cache, keys.place, *given, *how))
+    for found in (keys, values):
+        attention.replace_input_with(found.put, found.cache)
+        for node in (found.copy, found.put, found.pack):
+            graph.erase_node(node)
+
+
+def _call(graph: Graph, target: Any, args: tuple) -> Node:
+    """A new node, and what stands for its result."""
+    node = graph.call_function(target, args)
+    given = map_arg(args, value)
+    mode = getattr(value(node.all_input_nodes[0]), "fake_mode", None)
+    with nullcontext() if mode is None else mode:
+        node.meta["val"] = target(*given)
+    return node

@@ -1,0 +1,240 @@
+"""Products, norms and caches of one decoded row that a compiled graph puts together: what they were apart.
+
+Without a CUDA device the kernels run on Triton's interpreter, in a process of their own; the pass then takes graphs of
+the CPU, whose other operators are the compiled library's.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor import config as inductor
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+import spikeform
+from kernels import DEVICE, INTERPRETED, fused, let_bounds_be_scalars, needs_triton, not_interpreted, on_the_interpreter
+from spikeform.layers import joined
+from spikeform.neurons.oat import ROUNDINGS
+from spikeform.synapses import dispatch
+from spikeform.synapses.fused import pack_nibbles
+
+
+@pytest.fixture(autouse=True)
+def loops(monkeypatch):
+    if INTERPRETED:
+        let_bounds_be_scalars(monkeypatch)
+        monkeypatch.setattr(joined, "DEVICES", {"cpu"})
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    x.view(-1)[::11] *= 30
+    return x.to(DEVICE, dtype)
+
+
+def test_it_is_asked_for():
+    """By an option of the compiler; two configs that ask for it are equal, so that nothing is compiled twice."""
+    together, again = (spikeform.compile_config(together=True).to_dict() for _ in range(2))
+    assert isinstance(together["options"]["post_grad_custom_pre_pass"], joined.Joined)
+    assert together == again != spikeform.compile_config().to_dict()
+    assert inductor.post_grad_custom_pre_pass is None
+    del together["options"]["guard_filter_fn"]  # which torch.compile takes for itself
+    wrapper = torch._TorchCompileInductorWrapper(None, together["options"], False)
+    assert isinstance(wrapper.config["post_grad_custom_pre_pass"], joined.Joined)
+
+
+@fused
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("real", torch.float32),
+        ("real", torch.bfloat16),
+        ("int8 T=15", torch.bfloat16),
+        ("int8 T=7", torch.float32),
+        ("nibbles", torch.bfloat16),
+        ("gif int8", torch.float32),
+    ],
+)
+def test_one_launch_is_several(kind, dtype):
+    from spikeform.synapses.triton import products
+    from spikeform.synapses.triton.row import row_gif, row_oat
+    from spikeform.synapses.triton.stream import row_product
+
+    inner, sizes = 1152, (17, 3, 8)  # of which none fills a program
+    x = random(1, 1, inner, dtype=dtype)
+    thresholds = [torch.tensor([1.1 + i, 30.0 + i], device=DEVICE) for i in range(3)]
+    scales = [torch.rand(n, device=DEVICE) * 0.01 for n in sizes]
+    biases = [random(n, seed=4, dtype=dtype) for n in sizes]
+    matrices = [random(n, inner, seed=n) for n in sizes]
+    zeros = ()
+    if kind == "real":
+        weights = [m.to(dtype) for m in matrices]
+        shifts = [(torch.arange(inner, device=DEVICE) % 5 - i).to(torch.int8) for i in range(3)]
+        codes = row_oat(x, thresholds, shifts, 2**16 - 1, 2**16, 0, 4 // dtype.itemsize)
+        sums, scales = (1, 1), ()
+        wanted = [
+            products.oat_linear(x, w, b, t, s, 2**16 - 1, 2**16, 0, False)
+            for w, b, t, s in zip(weights, biases, thresholds, shifts, strict=True)
+        ]
+    elif kind.startswith("int8"):
+        limit = 2 ** int(kind.split("=")[1]) - 1
+        weights = [(m * 4).clamp(-127, 127).to(torch.int8) for m in matrices]
+        codes = row_oat(x, thresholds, (), limit, limit + 1, 0, 4)
+        sums = 2, 1 if limit < 128 else 2
+        wanted = [
+            products.oat_linear_int(x, w, s, b, t, limit, limit + 1, 0)
+            for w, s, b, t in zip(weights, scales, biases, thresholds, strict=True)
+        ]
+    else:
+        packed = kind == "nibbles"
+        multiples = [(1.0 + (torch.arange(inner) % (i + 2) > 0)).to(DEVICE) for i in range(3)]
+        integers = [(m * 2).clamp(-8, 7).to(torch.int8) for m in matrices]
+        weights, small = integers, [None] * 3
+        if packed:
+            zeros = [(torch.arange(n) % 3 + 6).to(DEVICE, torch.int16) for n in sizes]
+            weights = small = [pack_nibbles(w + 8) for w in integers]
+        codes = row_gif(x, multiples, 15, 2, packed)
+        sums = 1, 1
+        wanted = [
+            products.gif_linear(x, w, s, p, z, b, m, m, 15, 2)
+            for w, s, p, z, b, m in zip(integers, scales, small, zeros or [None] * 3, biases, multiples, strict=True)
+        ]
+    found = row_product(codes, weights, scales, zeros, biases, None, dtype, [1, 1], *sums)
+    assert [y.shape for y in found] == [(1, 1, n) for n in sizes]
+    if kind == "real":  # the cut, and with it the order of sums, goes by the size of them all
+        assert all(bool(((a - b).abs() <= a.abs() * 2**-6 + 1e-3).all()) for a, b in zip(wanted, found, strict=True))
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+    residual = random(1, 1, sizes[0], seed=5, dtype=dtype)
+    alone = [x[:1] for x in (codes, weights, scales, zeros, biases)]
+    (y,) = row_product(*alone, residual, dtype, [1, 1], *sums)
+    within = 2**-6 if INTERPRETED and dtype == torch.bfloat16 else 1e-5  # the interpreter cuts what bf16 does not hold
+    expected = (wanted[0] + residual).float()
+    assert bool(((y.float() - expected).abs() <= (residual.abs() + wanted[0].abs()) * within + 1e-3).all())
+
+
+@fused
+@pytest.mark.parametrize("parts", [1, 4], ids=["values", "bytes"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(("width", "centred"), [(1100, True), (520, False)])
+def test_codes_of_what_is_made(parts, rounding, width, centred):
+    from spikeform.neurons.triton.hg import hg_gated
+    from spikeform.neurons.triton.norm import hg_norm
+    from spikeform.synapses.triton.produced import row_gated, row_norm
+    from spikeform.synapses.triton.row import row_oat
+
+    x, other = random(1, 1, width), random(1, 1, width, seed=1)
+    weight, bias = random(width, seed=2), random(width, seed=3)
+    threshold = torch.tensor([2.0, 40.0], device=DEVICE)
+    thresholds = [torch.tensor([1.3 + i, 33.0], device=DEVICE) for i in range(2)]
+    index = ROUNDINGS.index(rounding)
+    population, bank = (thresholds, (), 2**15 - 1, 2**15, index, parts), (15, True, -32, 32)
+    norm = weight, bias if centred else None, 1e-6, centred, 1.0, threshold, 2**12 - 1, 2**12, index, *bank
+    apart = row_oat(hg_norm(x, *norm), *population)
+    whole = row_norm(x, *norm, *population)
+    differ = apart != whole  # a norm whose squares are summed in another order
+    assert differ.float().mean() < 0.01
+    assert whole.shape == apart.shape
+    gate = "silu", *bank, threshold, 2**12 - 1, 2**12, index
+    given = slice(
+        None, population[-1] * 0 + (width if parts == 1 else 2 * 2 * (width // 4) + 2)
+    )  # not what pads a line
+    apart = row_oat(hg_gated(x, other, *gate), *population)
+    assert torch.equal(apart[:, given], row_gated(x, other, *gate, *population)[:, given])
+
+
+@fused
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", [40, 64])
+@torch.no_grad()
+def test_a_token_is_appended(size, dtype):
+    from spikeform.layers.triton.append import gif_append, oat_append
+    from spikeform.neurons.triton.gif import gif_pack
+    from spikeform.neurons.triton.oat import oat_pack
+
+    key = random(2, 1, 3, size, dtype=dtype).transpose(1, 2)  # as a projection leaves it
+    value = random(2, 3, 1, size, seed=1, dtype=dtype)
+    place = torch.tensor([4], device=DEVICE)
+
+    def check(append, packed, *how):
+        caches = [x.new_full((2, 3, 7, x.shape[3]), 3) for x in packed]
+        wanted = [cache.clone().index_copy_(2, place, x) for cache, x in zip(caches, packed, strict=True)]
+        append(*caches, place, key, value, *how)
+        assert all(torch.equal(a, b) for a, b in zip(wanted, caches, strict=True))
+
+    for limit, outlier in ((2**12 - 1, True), (2**16 - 1, False)):
+        thresholds = [torch.tensor([t, 31.0][: 1 + outlier], device=DEVICE) for t in (1.1, 2.3)]
+        how = limit, limit + 1, 0
+        check(
+            oat_append, [oat_pack(x, t, *how) for x, t in zip((key, value), thresholds, strict=True)], *thresholds, *how
+        )
+    multiples = [(1.0 + (torch.arange(3 * size) % n > 0)).view(3, 1, size).to(DEVICE) for n in (2, 3)]
+    packed = [gif_pack(x, m, m, 15, 2) for x, m in zip((key, value), multiples, strict=True)]
+    check(gif_append, packed, *multiples, 15, 2, 2)
+
+
+def converted(method, **settings):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, intermediate_size=192, max_position_embeddings=32)
+    model = LlamaForCausalLM(config).eval().to(DEVICE)
+    ids = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(1))
+    return spikeform.convert(model, getattr(spikeform, method)(**settings), ids)
+
+
+def operators(graph):
+    return Counter(n.target.name().partition("::")[2] for n in graph.nodes if str(n.target).startswith("spikeform"))
+
+
+@fused
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("LAS", {"steps": 15, "weight_bits": 8}),
+        ("LAS", {"steps": 8}),
+        ("SpikeLLM", {"pipeline": "rtn", "bits": 4, "weight_bits": 4, "steps": 2, "salient": 0.1}),
+    ],
+)
+@torch.no_grad()
+def test_a_compiled_step(method, settings):
+    if not dispatch.kernels(DEVICE)[0]:
+        pytest.skip(dispatch.kernels(DEVICE)[1])
+    model = converted(method, **settings)
+    ids = torch.randint(64, (1, 7), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    seen = []
+
+    def take(together):
+        def compiled(module, _inputs):
+            if together:
+                joined.Joined()(module.graph)
+                module.graph.lint()
+                module.recompile()
+            seen.append(operators(module.graph))
+            return make_boxed_func(module.forward)
+
+        return aot_autograd(fw_compiler=compiled, keep_inference_input_mutations=True)  # as Inductor has it
+
+    logits, caches = [], []
+    for together in (False, True):
+        past = StaticCache(config=model.config, max_cache_len=12)
+        model(input_ids=ids[:, :5], past_key_values=past)
+        torch.compiler.reset()
+        step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=take(together))
+        logits.append([step(input_ids=ids[:, t : t + 1], past_key_values=past).logits for t in (5, 6)])
+        caches.append(past.layers[0].keys.clone())
+    apart, whole = seen  # each compiled once, for both tokens
+    assert apart["row_product"] == 0
+    assert whole["row_product"] == 4  # q, k, v; o; gate, up; down
+    las = {"row_norm": 2, "row_gated": 1, "row_attention": 1, "oat_append": 1, "hg_norm": 1}
+    made = las if method == "LAS" else {"row_gif": 4, "gif_append": 1, "gif_attention": 1}
+    assert whole == Counter(row_product=4, **made)
+    assert torch.allclose(torch.cat(logits[0]), torch.cat(logits[1]), atol=1e-3, rtol=1e-3)
+    assert (caches[0] != caches[1]).float().mean() < 0.01
+
+
+@needs_triton
+@not_interpreted
+def test_on_the_interpreter():
+    on_the_interpreter(__file__)
