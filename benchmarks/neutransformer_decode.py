@@ -84,15 +84,18 @@ def summed(model: nn.Module, position: int, device: str) -> DynamicCache:
     cache: Any = DynamicCache()
     for spiking in (m for m in model.modules() if isinstance(m, SpikingSelfAttention)):
         layer = StateLayer()
-        shape = spiking.steps, 1, spiking.groups, SIZE, SIZE
-        layer.keep(torch.randint(position // 16 + 2, shape, device=device).float(), position, None)
+        steps, near = spiking.steps, spiking.local
+        shape = steps, 1, spiking.groups - near, SIZE, SIZE
+        recent = (2, steps, 1, near, max(spiking.windows) - 1, SIZE) if near else None
+        spikes = None if recent is None else torch.randint(2, recent, device=device)
+        layer.keep(torch.randint(position // 16 + 2, shape, device=device).float(), position, None, spikes)
         cache.layers.append(layer)
     return cache
 
 
 def bytes_of(cache: Any) -> int:
     """What the cache keeps of one sequence."""
-    kept = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values", "number"))
+    kept = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values", "number", "recent"))
     return sum(x.numel() * x.element_size() for x in kept if isinstance(x, torch.Tensor))
 
 
@@ -163,7 +166,9 @@ def decoding(given: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     tokens = (given.rounds + 2) * given.new
     dense = dense_model(name, shape["layers"], max(positions) + tokens, dtype, device)
     ids = torch.randint(1000, (2, 64), device=device)
-    spiking = spikeform.convert(copy.deepcopy(dense), spikeform.NeuTransformer(steps=given.steps, ffn="none"), ids)
+    spiking = spikeform.convert(
+        copy.deepcopy(dense), spikeform.NeuTransformer(steps=given.steps, ffn="none", windows=given.windows), ids
+    )
     spiking.requires_grad_(False)
     for position in positions:
         still = StaticCache(config=dense.config, max_cache_len=position + tokens)
@@ -258,6 +263,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES))
     parser.add_argument("--layers", type=int, default=4, help="of each model; 0: all of the shape's")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--windows", type=int, nargs="*", default=[], help="of heads; none: all see all tokens")
     parser.add_argument("--positions", type=int, nargs="*", default=[1024, 8192, 65536])
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 4096, 16384], help="of the prefill")
     parser.add_argument("--chunks", type=int, nargs="*", default=[32, 64, 128, 256])

@@ -25,6 +25,8 @@ OPTIONS = {
     "default": {},
     "signed": {"spikes": "signed", "reset": "soft", "ffn": "relu_if", "tau": 3.0, "steps": 3, "normalise": False},
     "one_step": {"steps": 1, "ffn": "none", "tau": 1.0},
+    "windows": {"windows": [1, 3, 0]},
+    "near": {"windows": [2, 4]},
 }
 CASES = [(family, name) for family in ("gpt2", "llama") for name in OPTIONS]
 PRICE = CostModel("mine", multiply=3, add=1, significand=8, weight_bytes=1, activation_bytes=1)
@@ -54,25 +56,32 @@ def literal(model, ids=IDS, **options) -> dict[str, torch.Tensor]:
     return found
 
 
-def by_hand(q, k, v) -> dict[str, int]:
-    """Loops over steps, rows, heads, queries and keys."""
+def windows_of(model) -> tuple[int, ...]:
+    """Of each key/value head; 0: none."""
+    return next(m.windows for m in model.modules() if isinstance(m, SpikingSelfAttention))
+
+
+def by_hand(q, k, v, windows=(0,) * HEADS, first=0) -> dict[str, int]:
+    """Loops over steps, rows, heads, queries from ``first`` on, and keys."""
     found = dict.fromkeys(("scores", "context", "state", "reads"), 0)
     steps, rows, heads, length, size = q.shape
     groups = k.shape[2]
     for t in range(steps):
         for b in range(rows):
             for g in range(groups):
-                for i in range(length):
+                for i in range(0 if windows[g] else first, 0 if windows[g] else length):
                     found["state"] += int((k[t, b, g, i] != 0).sum()) * int((v[t, b, g, i] != 0).sum())
             for h in range(heads):
                 g = h // (heads // groups)
-                for i in range(length):
+                for i in range(first, length):
                     query = q[t, b, h, i]
-                    found["reads"] += int((query != 0).sum()) * size
-                    for j in range(i + 1):
+                    found["reads"] += 0 if windows[g] else int((query != 0).sum()) * size
+                    for j in range(max(i + 1 - windows[g], 0) if windows[g] else 0, i + 1):
                         met = query * k[t, b, g, j]
-                        found["scores"] += int((met != 0).sum())
-                        found["context"] += int((v[t, b, g, j] != 0).sum()) if int(met.sum()) else 0
+                        one = int((met != 0).sum()), int((v[t, b, g, j] != 0).sum()) if int(met.sum()) else 0
+                        found["scores"] += one[0]
+                        found["context"] += one[1]
+                        found["reads"] += sum(one) if windows[g] else 0
     return found
 
 
@@ -90,9 +99,9 @@ def test_additions_are_those_of_the_literal_spikes(family, name) -> None:
     assert set(report.attention["layers"]) == set(spikes)
     rows = {row["site"]: row for row in report.per_site if row["kind"] == "attention"}
     for site, found in report.attention["layers"].items():
-        wanted = by_hand(*spikes[site])
+        wanted = by_hand(*spikes[site], windows_of(model))
         assert found["additions"] == rows[site]["by_product"] == wanted
-        assert min(wanted.values()) > 0
+        assert min(wanted[each] for each in wanted if name != "near" or each != "state") > 0
         assert rows[site]["accumulations"] == wanted["scores"] + wanted["context"]
         assert rows[site]["macs"] == found["macs"] == 2 * PAIRS * SIZE
         assert rows[site]["spikes"] == sum(int(train.abs().sum()) for train in spikes[site])
@@ -196,9 +205,11 @@ def test_the_papers_formula(family, name) -> None:
         assert left in formula["label"]
 
 
+@pytest.mark.parametrize("name", ["default", "windows", "near"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_decoding_counts_the_recurrence(family) -> None:
-    model, price, past = spiking(family), PRICE, DynamicCache()
+def test_decoding_counts_the_recurrence(family, name) -> None:
+    model, price, past = spiking(family, name), PRICE, DynamicCache()
+    windows = windows_of(model)
     counter = Counter()
     with torch.no_grad(), counter.watch(model):
         model(IDS[:, :6], past_key_values=past, use_cache=True)
@@ -210,13 +221,18 @@ def test_decoding_counts_the_recurrence(family) -> None:
     whole, touched = spikes_of(model), 0
     groups = HEADS if family == "gpt2" else 2
     for site, trains in whole.items():
-        wanted = by_hand(*(train[..., 6:, :] for train in trains))
+        wanted = by_hand(*trains, windows, first=6)
         tally, own = counter.products[site, "recurrence"], counter.attentions.tallies[site]
         assert tally.accumulations == wanted["state"] + wanted["reads"]
+        assert tally.operands[1].elements == 2 * 3 * groups * SIZE
         assert (own.scores, own.context, own.squares) == (0, 0, 0)
         assert tally.macs == 2 * 2 * HEADS * SIZE * (7 + 8 + 9)  # each token meets all keys so far in a dense network
         assert own.cached == 2 * 2 * groups * SIZE * (6 + 7 + 8)
-        touched += 2 * wanted["state"] + wanted["reads"]
+        local = sum(w > 0 for w in windows)
+        far = by_hand(*(x[:, :, -x.shape[2] // groups * (groups - local) :] for x in trains), (0,) * groups, first=6)
+        touched += 2 * wanted["state"] + (far["reads"] if local < groups else 0)
+        # keys and values of the window before a token, a byte each, in numbers of four bytes
+        touched += 3 * 4 * 2 * 2 * SIZE * sum(w - 1 for w in windows if w) // 4
     from spikeform.energy.memory import memory
 
     lines = memory(counter, price)

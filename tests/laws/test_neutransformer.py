@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 import families
 import spikeform
 from families import difference
-from spikeform.errors import ConversionError, DamagedCheckpointError, SpikeformError
+from spikeform.errors import ConfigError, ConversionError, DamagedCheckpointError, SpikeformError
 from spikeform.layers import SpikingLinear
 from spikeform.layers.self_attention import SpikingSelfAttention
 from spikeform.layers.state_cache import StateLayer
@@ -24,6 +24,8 @@ IDS = families.tokens(rows=3, length=18)
 OPTIONS = {
     "default": {},
     "signed": {"spikes": "signed", "reset": "soft", "ffn": "relu_if"},
+    "windows": {"spikes": "signed", "windows": [2, 5, 0], "tau": 0.0, "reset": "soft"},
+    "near": {"windows": [1, 3]},
     "one_step": {"steps": 1, "ffn": "none", "normalise": False},
     "many_steps": {"steps": 8, "ffn_steps": 32, "balance": "percentile"},
 }
@@ -62,7 +64,8 @@ def test_decoding_is_the_full_forward_with_a_cache_that_does_not_grow(family, na
             out = model(input_ids=chunk, past_key_values=past, use_cache=True)
             past = out.past_key_values
             parts.append(out.logits)
-            sizes.add(past.layers[0].keys.shape)
+            layer = past.layers[0]
+            sizes.add((layer.keys.shape, None if layer.recent is None else layer.recent.shape))
     assert difference(logits_of(model), torch.cat(parts, 1)) <= ROUNDING
     assert len(sizes) == 1
     assert past.get_seq_length() == 18
@@ -184,6 +187,9 @@ def test_a_feed_forward_code_keeps_the_negative_lobe():
 
 
 def test_what_it_does_not_know_is_refused():
+    for options, named in (({"windows": (0, 2)}, "windows"), ({"windows": (2.5,)}, "windows"), ({"tau": 0.5}, "tau")):
+        with pytest.raises(ConfigError, match=named):
+            spikeform.NeuTransformer(**options)
     with pytest.raises(ConversionError, match="all layers"):
         spikeform.convert(families.build("gpt2"), spikeform.NeuTransformer(skip=("*h.0.attn*",)), IDS)
     packed = torch.arange(9).repeat(1, 2)

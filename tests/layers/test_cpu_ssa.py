@@ -20,6 +20,9 @@ OPTIONS = {
     "signed": {"signed": True, "normalise": False},
     "soft": {"signed": True, "reset": "soft", "tau": 1.0},
     "tau": {"tau": 3.0, "reset": "soft"},
+    "windows": {"windows": (1, 7, 40, 0)},
+    "near": {"windows": (5, 2), "signed": True, "reset": "soft"},
+    "no_leak": {"tau": 0.0, "reset": "soft", "signed": True},
 }
 
 
@@ -50,22 +53,25 @@ def inputs(size, dtype=torch.float32):
 
 def direct(layer, q, k, v, seen, held):
     """The operator itself."""
-    state, number = (None, None) if held is None else (held.keys, held.number)
+    state, recent, number = (None,) * 3 if held is None else (held.keys, held.recent, held.number)
     one = layer.query
     return ssa_attention(
-        *(q, k, v, seen, state, number),
+        *(q, k, v, seen, state, recent, number),
         *(neuron.gain for neuron in layer.neurons()),
         *(layer.steps, one.tau, one.threshold, layer.output.threshold),
-        *(one.reset == "hard", one.signed, layer.normalise),
+        *(one.reset == "hard", one.signed, layer.normalise, layer.windows),
     )
 
 
-def before(size, steps):
+def before(size, layer):
     """A cache after some tokens."""
     batch, _, groups, _, channels = size
-    held = StateLayer()
+    held, near = StateLayer(), layer.local
     torch.manual_seed(2)
-    held.keep(torch.randint(0, 40, (steps, batch, groups, channels, channels)).float(), 90, None)
+    shape = (2, layer.steps, batch, near, max(layer.windows) - 1, channels)
+    recent = torch.randint(-1 if layer.query.signed else 0, 2, shape) if near else None
+    state = torch.randint(0, 40, (layer.steps, batch, groups - near, channels, channels)).float()
+    held.keep(state, 90, None, recent)
     return held
 
 
@@ -82,7 +88,7 @@ def test_the_operator_is_the_layer_bit_for_bit(machine, size, options):
         (torch.bfloat16, None, True),
     ):
         q, k, v = inputs(size, dtype)
-        ours, theirs, other = (before(size, layer.steps) if cached else StateLayer() for _ in range(3))
+        ours, theirs, other = (before(size, layer) if cached else StateLayer() for _ in range(3))
         enliven(layer, q, k, v, mask, other)
         wanted = layer.attend(q, k, v, mask, theirs)
         found = direct(layer, q, k, v, mask, ours if cached else None)
@@ -93,6 +99,8 @@ def test_the_operator_is_the_layer_bit_for_bit(machine, size, options):
             assert ours.keys is not None
             assert theirs.keys is not None
             assert torch.equal(ours.keys, theirs.keys)
+            if layer.local:
+                assert torch.equal(ours.recent, theirs.recent)
 
 
 @pytest.mark.skipif(library() is None, reason="the compiled library is missing")
@@ -156,5 +164,7 @@ def test_the_operator_is_known_to_the_compiler():
     size = SIZES[0]
     layer, (q, k, v) = made(size), inputs(size)
     names = [neuron.gain for neuron in layer.neurons()]
-    args = (q, k, v, None, before(size, 3).keys, torch.tensor([90, 90]), *names, 3, 2.0, 1.0, 0.5, True, False, True)
+    held = before(size, layer)
+    rule = 3, 2.0, 1.0, 0.5, True, False, True, layer.windows
+    args = (q, k, v, None, held.keys, held.recent, held.number, *names, *rule)
     torch.library.opcheck(torch.ops.spikeform.ssa_attention.default, args)

@@ -5,7 +5,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from spikeform.errors import SpikeformError
-from spikeform.layers.self_attention import SpikingSelfAttention, causal_counts
+from spikeform.layers.self_attention import SpikingSelfAttention
+from spikeform.layers.spike_counts import causal_counts, spread, window_counts
 from spikeform.layers.state_cache import StateLayer
 
 
@@ -33,6 +34,37 @@ def test_quadratic_and_recurrent_are_equal_bit_for_bit(repeat, signed):
     assert torch.equal(last, state)
 
 
+@pytest.mark.parametrize("windows", [(1,), (2, 7), (40, 3)])
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_window_is_the_last_keys_bit_for_bit(windows, signed):
+    q = spikes(4, 2, 2, 3, 37, 16, signed=signed)
+    k, v = (spikes(4, 2, 2, 37, 16, signed=signed, seed=s) for s in (1, 2))
+    each, width = torch.tensor(spread(windows, 2)), max(windows) - 1
+    scores = torch.einsum("...grie,...gje->...grij", q.long(), k.long())
+    apart = torch.arange(37)[:, None] - torch.arange(37)
+    seen = (apart >= 0) & (apart < each[:, None, None, None])
+    wanted = (scores * seen @ v.long().unsqueeze(-3)).float()
+    for chunk in (1, 2, 8, 36, 37, 64):
+        whole, recent = window_counts(q, k, v, None, each, width, chunk)
+        assert torch.equal(whole, wanted)
+        first, middle = window_counts(*(x[..., :5, :] for x in (q, k, v)), None, each, width, chunk)
+        second, last = window_counts(*(x[..., 5:, :] for x in (q, k, v)), middle, each, width, chunk)
+        assert torch.equal(torch.cat([first, second], -2), wanted)
+        assert torch.equal(last, recent)
+        assert recent.shape == (2, 4, 2, 2, width, 16)
+
+
+def test_windows_are_spread_over_the_heads():
+    assert spread((), 3) == (0, 0, 0)
+    assert spread((2, 8, 32, 0), 4) == (2, 8, 32, 0)
+    assert spread((2, 8, 32, 0), 6) == (2, 8, 8, 32, 32, 0)
+    assert spread((2, 8, 32, 0), 8) == (2, 2, 8, 8, 32, 32, 0, 0)
+    assert spread((2, 8, 32, 0), 2) == (2, 0)
+    assert spread((2, 8, 32, 0), 1) == (0,)
+    with pytest.raises(SpikeformError, match="windows end"):
+        SpikingSelfAttention(4, 4, 2, windows=(0, 3))
+
+
 def layer(**options):
     torch.manual_seed(0)
     made = SpikingSelfAttention(4, 2, 3, site="here", **options)
@@ -47,7 +79,9 @@ def inputs(length=12, batch=2):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"normalise": False}, {"signed": True, "reset": "soft"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"normalise": False}, {"signed": True, "reset": "soft"}, {"windows": (3, 0)}], ids=str
+)
 def test_what_is_defined_is_what_runs(options):
     """Against loops over queries, keys and steps."""
     made, (q, k, v) = layer(**options), inputs()
@@ -57,10 +91,11 @@ def test_what_is_defined_is_what_runs(options):
         for h in range(4):
             for i in range(12):
                 current = torch.zeros(3, 8)
+                keys = range(max(i + 1 - (made.windows[h // 2] or 99), 0), i + 1)
                 for t in range(3):
-                    for j in range(i + 1):
+                    for j in keys:
                         current[t] += (Q[t, b, h, i] @ K[t, b, h // 2, j]) * V[t, b, h // 2, j]
-                current = current / (i + 1 if made.normalise else 1) * made.output.gain[h]
+                current = current / (len(keys) if made.normalise else 1) * made.output.gain[h]
                 fired, potential = torch.zeros(3, 8), torch.zeros(8)
                 for t in range(3):
                     u = potential + (current[t] - potential) / 2
@@ -84,8 +119,9 @@ def test_no_output_depends_on_a_later_token():
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_silent(side):
-    made, (q, k, v) = layer(), inputs()
+@pytest.mark.parametrize("windows", [(), (3, 0)])
+def test_padding_is_silent(side, windows):
+    made, (q, k, v) = layer(windows=windows), inputs()
     seen = torch.ones(2, 12, dtype=torch.bool)
     real = slice(4, None) if side == "left" else slice(None, 8)
     seen[0, : 4 if side == "left" else 0] = False
@@ -98,28 +134,35 @@ def test_padding_is_silent(side):
 
 
 @torch.no_grad()
-def test_the_state_is_all_that_a_cache_holds():
-    made, (q, k, v) = layer(), inputs()
+@pytest.mark.parametrize("windows", [(), (3, 0), (9, 2)])
+def test_the_state_is_all_that_a_cache_holds(windows):
+    made, (q, k, v) = layer(windows=windows), inputs()
+    near = sum(window > 0 for window in windows)
     whole, cache, parts = made(q, k, v, None, 1.0), DynamicCache(), []
     for part in (slice(0, 5), slice(5, 6), slice(6, 12)):
         keys, values = made.view(cache).update(k[:, :, part], v[:, :, part], 0)
         parts.append(made(q[:, :, part], keys, values, None, 1.0))
         assert cache.get_seq_length() == part.stop
-        assert cache.layers[0].keys.shape == (3, 2, 2, 8, 8)
+        assert cache.layers[0].keys.shape == (3, 2, 2 - near, 8, 8)
+        recent = cache.layers[0].recent
+        assert recent is None if not near else recent.shape == (2, 3, 2, near, max(windows) - 1, 8)
     assert torch.equal(torch.cat(parts, 1), whole)
     held = cache.layers[0]
     assert isinstance(held, StateLayer)
-    before = held.keys.clone()
+    before, spikes_before = held.keys.clone(), held.recent
     held.reorder_cache(torch.tensor([1, 1]))
     assert torch.equal(held.keys, before[:, [1, 1]])
+    assert not near or torch.equal(held.recent, spikes_before[:, :, [1, 1]])
     held.batch_repeat_interleave(2)
     assert held.keys.shape[1] == len(held.number) == 4
+    assert not near or held.recent.shape[2] == 4
     with pytest.raises(SpikeformError, match="running sum"):
         held.crop(-1)
     with pytest.raises(SpikeformError, match="wants its keys"):
         held.update(k, v)
     held.reset()
     assert held.get_seq_length() == 0
+    assert held.recent is None
 
 
 def test_a_cache_of_a_dense_model_is_refused():

@@ -15,7 +15,7 @@ def by_hand(current, steps, tau, theta, reset, signed):
     v, sent = 0.0, []
     for t in range(steps):
         i = current[t] if isinstance(current, list) else current
-        u = v + (i - v) / tau
+        u = v + (i - v) / tau if tau else v + i
         s = 1 if u >= theta else -1 if signed and u <= -theta else 0
         v = (0.0 if s else u) if reset == "hard" else u - theta * s
         sent.append(s)
@@ -24,7 +24,7 @@ def by_hand(current, steps, tau, theta, reset, signed):
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("reset", ["hard", "soft"])
-@pytest.mark.parametrize("tau", [1.0, 2.0, 3.5])
+@pytest.mark.parametrize("tau", [0.0, 1.0, 2.0, 3.5])
 def test_the_dynamics(tau, reset, signed):
     neuron = LIF(2, 5, threshold=0.5, tau=tau, reset=reset, signed=signed).double()
     neuron.gain.data = torch.tensor([1.0, 1.5])
@@ -69,12 +69,57 @@ def test_gradients_reach_every_step_of_the_current():
     assert (x.grad > 0).all()
 
 
+@pytest.mark.parametrize("varying", [False, True])
+@pytest.mark.parametrize("kind", SURROGATES)
+@pytest.mark.parametrize(("reset", "signed"), [("hard", False), ("hard", True), ("soft", True)])
+@pytest.mark.parametrize("tau", [0.0, 3.0])
+def test_the_gradient_is_that_of_the_dynamics_step_by_step(tau, reset, signed, kind, varying):
+    neuron = LIF(2, 4, threshold=0.5, tau=tau, reset=reset, signed=signed, surrogate=kind).double()
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(4, 1, 2, 5, 7, dtype=torch.float64, generator=generator) for _ in range(2))
+    found = (x if varying else x[0]).clone().requires_grad_()
+    (neuron(found, varying).codes * grad).sum().backward()
+    wanted = found.detach().clone().requires_grad_()
+    v, loss = torch.zeros_like(x[0]), 0.0
+    for current, each in zip(wanted if varying else [wanted] * 4, grad, strict=True):
+        u = v + (current - v) / tau if tau else v + current
+        s = spike(u - 0.5, 0.5, kind=kind) - (spike(-u - 0.5, 0.5, kind=kind) if signed else 0)
+        v = u * (1 - s.detach().abs()) if reset == "hard" else u - 0.5 * s.detach()
+        loss = loss + (s * each).sum()
+    loss.backward()
+    torch.testing.assert_close(found.grad, wanted.grad)
+
+
 def test_the_same_spikes_with_and_without_gradients():
     neuron = LIF(2, 6, reset="soft", signed=True)
     x = torch.randn(2, 2, 5, 8)
     with torch.no_grad():
         plain = neuron(x).codes
     assert torch.equal(neuron(x).codes.detach(), plain.float())
+
+
+def test_without_a_leak_a_constant_current_is_a_count():
+    current = torch.linspace(-1.5, 1.5, 193).view(1, 1, 1, -1)
+    codes = LIF(1, 4, tau=0.0, reset="soft", signed=True)(current).codes
+    assert torch.equal(codes.sum(0), (4 * current.abs()).floor().clamp(max=4).mul(current.sign()).to(torch.int8))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_operators_are_known_to_the_compiler(narrow):
+    current, grad = torch.randn(1, 2, 5), torch.randn(3, 2, 5)
+    rule = 2.0, 0.5, True, True
+    torch.library.opcheck(torch.ops.spikeform.lif_spikes.default, (current, 3, *rule, narrow))
+    torch.library.opcheck(torch.ops.spikeform.lif_gradient.default, (grad, current, *rule, 1))
+
+
+def test_a_compiled_pass_has_the_same_gradient():
+    neuron, x = LIF(2, 4, signed=True), torch.randn(1, 2, 3, 5)
+    found = []
+    for run in (neuron, torch.compile(neuron, backend="aot_eager", fullgraph=True)):
+        given = x.clone().requires_grad_()
+        (run(given).codes * torch.arange(5)).sum().backward()
+        found.append(given.grad)
+    assert torch.equal(*found)
 
 
 def test_bad_arguments_are_named():

@@ -77,18 +77,24 @@ def test_every_point_can_be_run_and_is_in_a_table(script):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_what_is_frozen_is_there(script, name):
-    frozen = script("neutransformer_run").FROZEN[name]
+    run = script("neutransformer_run")
     folder = spikeform.pretrained.path(name)
     model = spikeform.convert(
         script("method_runs").AutoModelForCausalLM.from_pretrained(folder),
         spikeform.NeuTransformer(),
         torch.arange(2, 34)[None],
     )
-    with trainable(model, TrainOptions(steps=1, freeze=frozen)):
-        learn = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    norms = ("ln_1", "input_layernorm")
-    assert learn
-    assert all("attn" in parameter or any(norm in parameter for norm in norms) for parameter in learn)
+
+    def frozen(patterns):
+        with trainable(model, TrainOptions(steps=1, freeze=patterns)):
+            names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        return {name for name in names if not name.endswith(".neuron.threshold")}
+
+    embeddings = {"gpt2": ("wte", "wpe"), "llama": ("embed_tokens",)}[name]
+    assert {part.split(".")[-2] for part in frozen(run.FROZEN[name])} == set(embeddings)
+    if name == "gpt2":
+        learn = {part for part, _ in model.named_parameters()} - frozen(run.ATTENTION)
+        assert all("attn" in part or "ln_1" in part or part.endswith("threshold") for part in learn)
 
 
 def test_a_run_fills_its_file_and_the_tables(script, given, tmp_path, monkeypatch):

@@ -10,19 +10,26 @@ Without softmax the sum over j is linear, so it has a second form, equal bit for
     S_t[i] = S_t[i-1] + K_t[i]^T V_t[i];   C_t[i] = Q_t[i] S_t[i]
 
 Chunks of positions use the first form inside, the second from chunk to chunk, so long inputs take linear time, and a
-cache holds S alone: its size does not grow. On a CPU one operator does it all where no gradient is wanted and nobody
-looks on (:data:`spikeform.layers.fused.ssa_attention`), by the second form and by events: a key's spike adds the row of
-values to one row of S, a query's spike reads one. Source: arXiv 2510.00133 for the scheme, arXiv 2209.15425 for the
-form; the row factor, the signed spikes and the gains of each head are ours.
+cache holds S alone: its size does not grow. Heads may have a window w of tokens instead, the query's own the last of
+them: the sum begins at ``j = i - w + 1``, ``n_i`` is at most w, and of such heads a cache holds the spikes of the last
+w - 1 tokens.
+
+On a CPU one operator does it all where no gradient is wanted and nobody looks on
+(:data:`spikeform.layers.fused.ssa_attention`), by the second form and by events: a key's spike adds the row of values
+to one row of S, a query's spike reads one; keys in a window are met one by one, bit-packed. Source: arXiv 2510.00133
+for the scheme, arXiv 2209.15425 for the form; the row factor, the windows, the signed spikes and the gains of each head
+are ours.
 
 B batch, H query heads, G key/value heads, R = H / G, L positions, E head size, T steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
@@ -31,6 +38,7 @@ from spikeform.errors import SpikeformError
 from spikeform.layers.attention import eager_of
 from spikeform.layers.cache import CacheView
 from spikeform.layers.fused import ssa_attention
+from spikeform.layers.spike_counts import CHUNK, CPU_CHUNK, causal_counts, spread, window_counts
 from spikeform.layers.state_cache import StateLayer
 from spikeform.neurons import SignedInteger
 from spikeform.neurons.lif import LIF
@@ -39,35 +47,6 @@ from spikeform.spikes.trace import Product, observer
 from spikeform.synapses.dispatch import fusible
 
 NAME = "spikeform_ssa"
-CHUNK = 256  # positions that meet one another directly
-CPU_CHUNK = 64  # on a CPU; measured: half the time of 256, for heads of 64 as for heads of 128
-
-
-def causal_counts(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """``C`` and the last ``S``: integers, exact in fp32 while they are below 2^24.
-
-    Args:
-        q: Spikes ``[..., G, R, L, E]``, floating.
-        k: ``[..., G, L, E]``.
-        v: ``[..., G, L, E]``.
-        state: ``S`` before the first position ``[..., G, E, E]``, or None: zero.
-        chunk: Positions that meet one another directly; 1 is the recurrence, L the quadratic form.
-
-    Returns:
-        ``[..., G, R, L, E]`` and ``[..., G, E, E]``.
-    """
-    parts, length = [], q.shape[-2]
-    for start in range(0, length, chunk):
-        some = slice(start, start + chunk)
-        q_, k_, v_ = q[..., some, :], k[..., some, :], v[..., some, :]
-        scores = q_ @ k_.unsqueeze(-3).transpose(-1, -2)
-        out = scores.tril() @ v_.unsqueeze(-3)
-        parts.append(out if state is None else out + q_ @ state.unsqueeze(-3))
-        step = k_.transpose(-1, -2) @ v_
-        state = step if state is None else state + step
-    if state is None:
-        raise SpikeformError("attention over no positions")
-    return torch.cat(parts, -2), state
 
 
 class SpikingSelfAttention(nn.Module):
@@ -78,10 +57,13 @@ class SpikingSelfAttention(nn.Module):
         groups: G.
         steps: T.
         normalise: Divide by the number of keys that a query sees.
+        windows: Tokens that heads see, in equal parts of them, 0 (all) last; none: all heads see all.
         neuron: Options of the LIF neurons: ``tau``, ``reset``, ``signed``, ``surrogate``.
         site: Qualified name of the attention module.
 
     Attributes:
+        windows: That of each key/value head.
+        local: How many of these, the first ones, see no more than a window.
         chunk: Positions that meet one another directly, where no fused operator is wanted; None: what suits the device.
         paused: Let the module attend as the dense model does: for calibration, or while others learn.
     """
@@ -89,10 +71,23 @@ class SpikingSelfAttention(nn.Module):
     _receiver: SignedInteger | None
 
     def __init__(
-        self, heads: int, groups: int, steps: int, *, normalise: bool = True, site: str = "", **neuron: Any
+        self,
+        heads: int,
+        groups: int,
+        steps: int,
+        *,
+        normalise: bool = True,
+        windows: Sequence[int] = (),
+        site: str = "",
+        **neuron: Any,
     ) -> None:
         super().__init__()
         self.heads, self.groups, self.steps, self.normalise, self.site = heads, groups, steps, normalise, site
+        self.windows = spread(windows, groups)
+        self.local = sum(window > 0 for window in self.windows)
+        if any(self.windows[self.local :]):
+            raise SpikeformError(f"windows end with the heads that see all tokens (0), got {tuple(windows)}")
+        self._sizes: dict[torch.device, Tensor] = {}
         self.chunk: int | None = None
         self._paused = False
         self.__dict__["_receiver"] = None  # the neuron belongs to the layer that it encodes for
@@ -151,27 +146,33 @@ class SpikingSelfAttention(nn.Module):
             return False
         if not one.threshold == key.threshold == value.threshold:
             return False
-        return fusible(q, k, v, *(n.gain for n in neurons), None if state is None else state.keys)
+        held = (None, None) if state is None else (state.keys, state.recent)
+        return fusible(q, k, v, *(n.gain for n in neurons), *held)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, state: StateLayer | None) -> Tensor:
-        number, held = None, None
+        number, held, recent = None, None, None
         if state is not None:
-            number, shape = state.number, (self.steps, len(q), self.groups, q.shape[-1], q.shape[-1])
+            batch, size = len(q), q.shape[-1]
+            number, shape = state.number, (self.steps, batch, self.groups - self.local, size, size)
             held = q.new_zeros(shape, dtype=torch.float32) if state.keys is None else state.keys
             if held.shape != shape:
                 raise SpikeformError(
                     f"{self.site}: the cache holds a state {tuple(held.shape)}, this input has {shape}"
                 )
+            if self.local:
+                shape = (2, self.steps, batch, self.local, max(self.windows) - 1, size)
+                recent = q.new_zeros(shape, dtype=torch.int8) if state.recent is None else state.recent
+                recent = recent.contiguous()
         neurons = self.neurons()
         one = neurons[0]
         out = ssa_attention(
-            *(q, k, v, seen, held, number),
+            *(q, k, v, seen, held, recent, number),
             *(neuron.gain for neuron in neurons),
             *(self.steps, one.tau, one.threshold, neurons[-1].threshold),
-            *(one.reset == "hard", one.signed, self.normalise),
+            *(one.reset == "hard", one.signed, self.normalise, self.windows),
         )
         if state is not None and held is not None:
-            state.keep(held, q.shape[-2], seen)
+            state.keep(held, q.shape[-2], seen, recent)
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, state: StateLayer | None) -> Tensor:
@@ -189,17 +190,36 @@ class SpikingSelfAttention(nn.Module):
         dtype = queries.quantum.dtype
         q_, k_, v_ = (train.codes.to(dtype) for train in (queries, keys, values))
         q_ = q_.view(self.steps, batch, self.groups, self.heads // self.groups, length, size)
-        before = None if state is None else state.keys
-        chunk = self.chunk or (CPU_CHUNK if q.is_cpu else CHUNK)
-        counts, after = causal_counts(q_, k_, v_, before, chunk)
+        chunk, local = self.chunk or (CPU_CHUNK if q.is_cpu else CHUNK), self.local
+        parts, kept = [], {}
+        if local:
+            q, k, v = (x[:, :, :local] for x in (q_, k_, v_))
+            before = None if state is None else state.recent
+            sizes, width = self._windows_on(q.device)[:local], max(self.windows) - 1
+            part, kept["recent"] = window_counts(q, k, v, before, sizes, width, chunk)
+            parts.append(part)
+        if local < self.groups:
+            q, k, v = (x[:, :, local:] for x in (q_, k_, v_))
+            part, kept["state"] = causal_counts(q, k, v, None if state is None else state.keys, chunk)
+            parts.append(part)
         self._tell(queries, keys, values, seen_BL, state)
+        counts = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
         counts = counts.view(self.steps, batch, self.heads, length, size)
         if self.normalise:
-            number = _number(seen_BL, batch, length, None if state is None else state.number, counts)
-            counts = counts / number[:, None, :, None]
+            number = _number(seen_BL, batch, length, None if state is None else state.number, counts)[:, None]
+            if local:
+                sizes = self._windows_on(q.device).repeat_interleave(self.heads // self.groups)
+                number = number.minimum(sizes[:, None])
+            counts = counts / number[..., None]
         if state is not None:
-            state.keep(after, length, seen_BL)
+            state.keep(kept.get("state"), length, seen_BL, kept.get("recent"))
         return self.output(counts, varying=True).codes.to(dtype).mean(0)
+
+    def _windows_on(self, device: torch.device) -> Tensor:
+        """Windows of the key/value heads, fp32 ``[G]``, infinite where there is none; copied to a device once."""
+        if device not in self._sizes:
+            self._sizes[device] = torch.tensor([float(w or "inf") for w in self.windows], device=device)
+        return self._sizes[device]
 
     def _tell(
         self,
@@ -209,7 +229,10 @@ class SpikingSelfAttention(nn.Module):
         seen_BL: Tensor | None,
         state: StateLayer | None,
     ) -> None:
-        """Report both products as one: from an empty context as they are defined, with a cache as the recurrence."""
+        """Report both products as one: from an empty context as they are defined, with a cache as the recurrence.
+
+        Where heads have windows, the spikes that the cache keeps of them stand before the new ones.
+        """
         listener = observer()
         if listener is None:
             return
@@ -218,7 +241,9 @@ class SpikingSelfAttention(nn.Module):
         pairs = int(seen.long().cumsum(-1).sum())
         if state is not None and state.number is not None:
             pairs += length * int(state.number.sum())
-        kind, fan = ("attention", length) if state is None or state.keys is None else ("recurrence", size)
+        kind, fan = ("attention", length) if state is None or state.number is None else ("recurrence", size)
+        if state is not None and state.recent is not None:
+            keys, values = (_after(old, train) for old, train in zip(state.recent, (keys, values), strict=True))
         listener(Product(self.site, kind, (queries, keys, values), (fan,) * 3, 2 * pairs * heads * size))
 
     def view(self, cache: Any) -> CacheView:
@@ -274,6 +299,11 @@ def padding_mask(
         SpikeformError: Another pattern is asked for (packed sequences, a sliding window).
     """
     if mask_function is not causal_mask_function:
+        if torch.compiler.is_compiling():
+            raise SpikeformError(
+                "spiking self-attention in a compiled model needs an attention_mask: without one transformers prepares "
+                "for packed sequences, which it does not know"
+            )
         raise SpikeformError(
             "spiking self-attention sees all earlier tokens: it knows neither packed sequences nor a sliding window"
         )
@@ -313,6 +343,12 @@ def _seen(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     last = mask[:, 0, -1, :length]
     seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
     return seen.expand(batch, -1)
+
+
+def _after(old: Tensor, train: SpikeTrain) -> SpikeTrain:
+    """A train ``[T, B, G, L, E]`` behind the spikes of some of its heads."""
+    codes = F.pad(old.to(train.codes.dtype), (0, 0, 0, 0, 0, train.shape[-3] - old.shape[-3]))
+    return SpikeTrain(torch.cat([codes, train.codes], -2), train.quantum, train.coding)
 
 
 def _silenced(train: SpikeTrain, hidden: Tensor) -> SpikeTrain:

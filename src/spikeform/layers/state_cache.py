@@ -1,4 +1,4 @@
-"""A cache layer whose size does not grow: the running sum of keys times values."""
+"""A cache layer whose size does not grow: the running sum of keys times values, and the spikes of the last tokens."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ class StateLayer(CacheLayerMixin):
     """What a layer of linear attention keeps of all tokens so far.
 
     Attributes:
-        keys: S ``[T, B, G, E, E]``, or None before the first token. (The name is transformers'.)
-        number: Keys summed in it, ``[B]``.
+        keys: S of the key/value heads that see all tokens ``[T, B, G, E, E]``, or None before the first token. (The
+            name is transformers'.)
+        number: Tokens so far without padding, ``[B]``.
+        recent: Of the heads that see a window, the spikes of keys and values of the last tokens, int8 ``[2, T, B, G, W,
+            E]``, or None: before the first token, or without such heads.
     """
 
     is_sliding = False
@@ -23,6 +26,7 @@ class StateLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.number: Tensor | None = None
+        self.recent: Tensor | None = None
         self.cumulative_length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -36,16 +40,24 @@ class StateLayer(CacheLayerMixin):
         """
         raise SpikeformError("the cache holds the state of spiking attention, and a dense layer wants its keys")
 
-    def keep(self, state: Tensor, length: int, seen: Tensor | None) -> None:
-        """Take the sum over all tokens so far.
+    def keep(self, state: Tensor | None, length: int, seen: Tensor | None, recent: Tensor | None = None) -> None:
+        """Take what is known after all tokens so far.
 
         Args:
-            state: S ``[T, B, G, E, E]``.
+            state: S ``[T, B, G, E, E]``, or None: all heads have windows.
             length: How many tokens are new.
             seen: Which of them are no padding ``[B, length]``; None: all.
+            recent: ``[2, T, B, G, W, E]``, any dtype, or None: no head has a window.
         """
+        if recent is not None:
+            self.recent = recent.to(torch.int8)
+            if state is None:
+                state = recent.new_empty(*recent.shape[1:3], 0, recent.shape[-1], recent.shape[-1])
+        if state is None:
+            raise SpikeformError("a cache keeps a state, or the spikes of windows")
+        self.keys = state
         new = torch.full((state.shape[1],), length, device=state.device) if seen is None else seen.sum(-1)
-        self.keys, self.number = state, new if self.number is None else self.number + new
+        self.number = new if self.number is None else self.number + new
         self.cumulative_length += length
         self.is_initialized = True
 
@@ -63,7 +75,7 @@ class StateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.number = None
+        self.keys = self.number = self.recent = None
         self.cumulative_length, self.is_initialized = 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -92,3 +104,4 @@ class StateLayer(CacheLayerMixin):
         if self.keys is not None and self.number is not None:
             rows = rows.to(self.keys.device)
             self.keys, self.number = self.keys.index_select(1, rows), self.number.index_select(0, rows)
+            self.recent = None if self.recent is None else self.recent.index_select(2, rows)

@@ -18,7 +18,8 @@ from torch import Tensor
 SURROGATES = ("triangle", "sigmoid", "arctan")
 
 
-def _bump(u: Tensor, width: float, kind: str) -> Tensor:
+def bump(u: Tensor, width: float, kind: str) -> Tensor:
+    """The gradient of a step at ``u``."""
     if kind == "triangle":
         return (width - u.abs()).clamp_(min=0) / width**2
     if kind == "sigmoid":
@@ -37,7 +38,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (u,) = ctx.saved_tensors
-        return grads[0] * _bump(u, ctx.width, ctx.kind), None, None, None
+        return grads[0] * bump(u, ctx.width, ctx.kind), None, None, None
 
 
 def spike(u: Tensor, width: float = 1.0, *, strict: bool = False, kind: str = "triangle") -> Tensor:

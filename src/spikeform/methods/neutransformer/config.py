@@ -23,7 +23,9 @@ class NeuTransformer(MethodConfig):
         steps: T of attention's neurons, 1 to 16.
         spikes: Of queries, keys, values and the output: ``binary`` or ``signed``.
         normalise: Divide what a query gathers by the number of keys that it sees.
-        tau: Membrane time constant in steps, at least 1.
+        windows: How many tokens heads see, the query's own the last of them, in equal parts of the key/value heads;
+            0, which must be the last: all. ``(2, 8, 32, 0)`` lets a quarter of them see two. Empty: all see all.
+        tau: Membrane time constant in steps, at least 1; 0: nothing leaks (integrate-and-fire).
         reset: ``hard`` or ``soft``.
         surrogate: ``sigmoid``, ``arctan`` or ``triangle``.
         rate: Share of steps in which neurons fire to begin with, from which gains follow.
@@ -44,7 +46,8 @@ class NeuTransformer(MethodConfig):
     steps: int = option(4, "time steps T of attention, 1 to 16")
     spikes: str = option("binary", "binary or signed spikes in attention")
     normalise: bool = option(True, "divide by the number of keys that a query sees")
-    tau: float = option(2.0, "membrane time constant in steps, at least 1")
+    windows: tuple[int, ...] = option((), "tokens that heads see, in equal parts, 0 (all) last; empty: all see all")
+    tau: float = option(2.0, "membrane time constant in steps, at least 1; 0: no leak")
     reset: str = option("hard", "hard or soft")
     surrogate: str = option("sigmoid", "sigmoid, arctan or triangle")
     rate: float = option(0.15, "firing rate that gains begin with")
@@ -65,8 +68,15 @@ class NeuTransformer(MethodConfig):
         choice("ffn", self.ffn, ("signed_if", "relu_if", "none"))
         choice("balance", self.balance, ("mse", "percentile"))
         switches(self, "normalise")
-        if not is_real(self.tau) or not 1 <= self.tau < float("inf"):
-            raise ConfigError(f"tau must be a finite number of at least 1, got {self.tau!r}")
+        if not isinstance(self.windows, list | tuple) or 0 in self.windows[:-1]:
+            raise ConfigError(
+                f"windows must be a list of whole numbers, of which only the last may be 0 (all), got {self.windows!r}"
+            )
+        for window in self.windows:
+            whole("windows", window, 0, 4096)
+        self.windows = tuple(self.windows)
+        if not is_real(self.tau) or not (self.tau == 0 or 1 <= self.tau < float("inf")):
+            raise ConfigError(f"tau must be 0 (no leak) or a finite number of at least 1, got {self.tau!r}")
         for name in ("rate", "percentile"):
             if not is_real(getattr(self, name)) or not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be above 0 and below 1, got {getattr(self, name)!r}")

@@ -96,6 +96,7 @@ class _Builder(Builder):
             groups,
             config.steps,
             normalise=config.normalise,
+            windows=config.windows,
             site=name,
             tau=config.tau,
             reset=config.reset,

@@ -11,7 +11,8 @@ constexpr int64_t WORTH_THREADS = 1000000;  // additions: some tens of microseco
 }
 
 SF_API void spikeform_ssa_attention(const int64_t* sizes, const void* q, const void* k, const void* v, const void* seen,
-                                    void* state, const void* number, const float* query, const float* key,
+                                    void* state, void* recent, const int64_t* windows, const void* number,
+                                    const float* query, const float* key,
                                     const float* value, const float* output, void* out, float tau, float threshold,
                                     float last, int64_t threads) {
     const SpikingSizes& n = *reinterpret_cast<const SpikingSizes*>(sizes);
@@ -20,6 +21,8 @@ SF_API void spikeform_ssa_attention(const int64_t* sizes, const void* q, const v
                               v,
                               static_cast<const uint8_t*>(seen),
                               static_cast<float*>(state),
+                              static_cast<int8_t*>(recent),
+                              windows,
                               static_cast<const int64_t*>(number),
                               query,
                               key,
