@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import reference_data as text
 import torch
 import transformers
@@ -27,7 +28,7 @@ import spikeform
 from spikeform import pretrained
 from spikeform.training import TrainOptions
 
-WINDOW, CALIBRATION_WINDOWS, COUNTED = 512, 128, 8192
+WINDOW, CALIBRATION_WINDOWS, COUNTED, PROMPT = 512, 128, 8192, 16
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Point:
         training: Changes to the options of training; None: converted alone.
         length: 0: trained with ``--steps``; n: with n times ``--long-steps``.
         model: Which model; None: that of ``--model``.
+        sampled: Train on text that the dense model draws from itself, instead of the text that it was trained on.
     """
 
     group: str
@@ -47,6 +49,7 @@ class Point:
     training: dict[str, Any] | None = field(default=None)
     length: int = 0
     model: str | None = None
+    sampled: bool = False
 
 
 def folder_of(model: str) -> Path:
@@ -60,6 +63,41 @@ def training_stream(data: Path, cache: Path, tokenizer: Any) -> torch.Tensor:
     if not path.is_file():
         text.encode_documents(tokenizer, text.training_documents(data), tokenizer.eos_token_id, path)
     return torch.from_numpy(text.encode_training(data, cache, len(tokenizer)).astype("int64"))
+
+
+def sampled_stream(dense: Any, stream: torch.Tensor, tokens: int, cache: Path, rows: int = 4096) -> torch.Tensor:
+    """Ids that a dense model draws from itself at temperature 1, in windows that begin with 16 tokens of a text.
+
+    Drawn once: a file in ``cache`` keeps them. What a model says of its own text it has not learned by heart.
+
+    Args:
+        dense: The model, in evaluation mode.
+        stream: The text, ``[N]``.
+        tokens: How many to draw, prompts included.
+        cache: Folder.
+        rows: Windows that are drawn side by side.
+    """
+    path = cache / f"sampled-{dense.config.model_type}-{dense.num_parameters()}-{tokens}.npy"
+    if not path.is_file():
+        places = torch.Generator().manual_seed(0)
+        wanted, windows = tokens // WINDOW, []
+        torch.manual_seed(0)
+        for done in range(0, wanted, rows):
+            begin = torch.randint(len(stream) - PROMPT, (min(rows, wanted - done), 1), generator=places)
+            prompts = stream[begin + torch.arange(PROMPT)].to(dense.device)
+            new = WINDOW - PROMPT
+            how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "min_new_tokens": new, "max_new_tokens": new}
+            with (
+                torch.no_grad(),
+                torch.autocast(dense.device.type, torch.bfloat16, enabled=dense.device.type == "cuda"),
+            ):
+                drawn = dense.generate(prompts, attention_mask=torch.ones_like(prompts), pad_token_id=0, **how)
+            windows.append(drawn.cpu().numpy().astype("uint16"))
+            print(f"    {min(done + rows, wanted) * WINDOW} tokens drawn", flush=True)
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, np.concatenate(windows).reshape(-1))
+        partial.replace(path)
+    return torch.from_numpy(np.load(path).astype("int64"))
 
 
 class Bench(ABC):
@@ -113,7 +151,8 @@ class Bench(ABC):
         row["seconds"] = {"convert": round(time.monotonic() - started, 1)}
         if point.training is not None:
             steps = point.length * arguments.long_steps if point.length else arguments.steps
-            row |= self.train(model, {**self.options(point), **point.training, "steps": steps, "seed": seed})
+            given = {**self.options(point), **point.training, "steps": steps, "seed": seed}
+            row |= self.train(model, given, self.learned_from(point), f"{name}-{seed}")
             row["seconds"]["train"] = round(time.monotonic() - started - row["seconds"]["convert"], 1)
         begin = time.monotonic()
         row |= self.quality(model)
@@ -124,17 +163,26 @@ class Bench(ABC):
             spikeform.save(model, arguments.save / f"{name}{f'-seed{seed}' if seed else ''}", self.tokenizer)
         return row
 
-    def train(self, model: Any, options: dict[str, Any]) -> dict[str, Any]:
-        """Train in place; returns the options and the curve."""
-        options |= {"bf16": self.device == "cuda", "save_every": options["steps"]}
+    def learned_from(self, point: Point) -> torch.Tensor:
+        """The text that a point is trained on."""
+        arguments = self.arguments
+        if not point.sampled:
+            return self.stream
+        return sampled_stream(self.dense, self.stream, arguments.sampled_tokens, arguments.cache)
+
+    def train(self, model: Any, options: dict[str, Any], stream: torch.Tensor, name: str) -> dict[str, Any]:
+        """Train in place, or go on where a run of the same name was stopped; returns the options and the curve."""
+        options |= {"bf16": self.device == "cuda", "save_every": 2000}
+        options["compile"] = self.arguments.compile and options.get("compile", True)
         options |= {"batch_size": self.arguments.batch_size or options["batch_size"]}
+        torch.compiler.reset()  # what was compiled of the last model would count towards a limit
         chosen = TrainOptions(**options, evaluate_every=max(1, options["steps"] // 4))
         teacher = self.fresh() if chosen.taught else None
-        spikeform.train(
-            model, self.stream, self.tokenizer, chosen, valid=self.held[: 50 * WINDOW], teacher=teacher, progress=told
-        )
+        work = self.arguments.out.with_suffix(".work") / name
+        more: dict[str, Any] = {"teacher": teacher, "progress": told, "work": work, "resume": True}
+        spikeform.train(model, stream, self.tokenizer, chosen, valid=self.held[: 50 * WINDOW], **more)
         done: Any = model.spikeform_report.history[-1]
-        return {"training": chosen.to_dict(), "curve": done["curve"]}
+        return {"training": chosen.to_dict(), "tokens": len(stream), "curve": done["curve"]}
 
 
 def told(point: dict[str, Any]) -> None:
@@ -160,6 +208,10 @@ def parser(description: str | None, points: Mapping[str, Point], saved: list[str
     found.add_argument("--saved", nargs="*", default=saved)
     found.add_argument("--minutes", type=float, default=600.0, help="take up no new row after this")
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    found.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="training passes"
+    )
+    found.add_argument("--sampled-tokens", type=int, default=1 << 25, help="that points on sampled text learn from")
     return found
 
 

@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-5, 1e-4], help="peak learning rates")
     parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--sft", type=float, default=1.0, help="of dpo: weight of the chosen responses' cross entropy")
     parser.add_argument("--pairs", type=int, default=5000, help="train and held-out (a fifth) together")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, help="default: one epoch")
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace, method: str, rate: float, pairs: Pairs, t
     options = PreferOptions(
         method=method,
         beta=arguments.beta,
+        sft=arguments.sft if method == "dpo" else 0.0,
         learning_rate=rate,
         threshold_learning_rate=rate,
         batch_size=arguments.batch_size,

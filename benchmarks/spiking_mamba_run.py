@@ -1,7 +1,7 @@
 """SpikingMamba against the dense Mamba-2: converted alone, then distilled at equal budget; quality, rates, energy.
 
     python benchmarks/spiking_mamba_run.py --data DIR --cache DIR --out benchmarks/results/spiking-mamba.json
-        [--model FOLDER] [--only converted range …] [--steps 1000] [--long-steps 4000] [--save DIR]
+        [--model FOLDER] [--only converted range …] [--steps 1000] [--long-steps 10000] [--save DIR] [--no-compile]
 
 Protocol: perplexity on the first 100,000 tokens of books/valid in windows of 512; BLiMP pair by pair
 (spiking_mamba_blimp.py); thresholds from 128 windows of the training text; distilled on that text with the dense model
@@ -30,7 +30,6 @@ DISTILLED: dict[str, Any] = {
     "batch_size": 32,
     "learning_rate": 6e-4,
     "threshold_learning_rate": 1e-3,
-    "thresholds_first": 0.05,
     "weight_decay": 0.1,
     "schedule": "cosine",
     "freeze": ("*embeddings*",),  # the tied head with them, as the paper's code has it
@@ -39,27 +38,45 @@ DISTILLED: dict[str, Any] = {
     "hidden": 1.0,
     "compensation": "grad",
 }
+# As many tokens a step as the dense model was trained with; and short trials were better without compensation.
+LONG = {"batch_size": 64, "learning_rate": 1e-3, "compensation": "none"}
 
 
 def points() -> dict[str, Point]:
     """All of them, by name, the most wanted first."""
-    found = {"dense": Point("dense", None), "d4-long": Point("long", {"steps": 4}, {}, length=1)}
-    kinds = [(spikes, steps) for spikes in ("signed", "unsigned") for steps in RANGES] + [("binary", 1)]
+    rotated = {"steps": 4, "rotate": True}
+    found = {
+        "dense": Point("dense", None),
+        "d4-long": Point("long", {"steps": 4}, LONG, length=1),
+        "d4-sampled-long": Point("long", {"steps": 4}, LONG, length=1, sampled=True),
+        "d4-rotated-long": Point("long", rotated, LONG, length=1),
+    }
+    kinds: list[tuple[str, dict[str, Any]]] = [("rotated", {"rotate": True})]
+    kinds += [(spikes, {"spikes": spikes}) for spikes in ("signed", "unsigned")]
+    each = [(kind, steps, how) for kind, how in kinds for steps in RANGES] + [("binary", 1, {"spikes": "binary"})]
     for per_channel in (False, True):
-        for spikes, steps in kinds:
-            name = f"converted-{spikes}-{steps}{'-channel' if per_channel else ''}"
-            found[name] = Point("converted", {"steps": steps, "spikes": spikes, "per_channel": per_channel})
+        for kind, steps, how in each:
+            name = f"converted-{kind}-{steps}{'-channel' if per_channel else ''}"
+            found[name] = Point("converted", {"steps": steps, "per_channel": per_channel, **how})
     found |= {f"d{steps}": Point("range", {"steps": steps}, {}) for steps in RANGES}
-    for mode in ("none", "mix", "add"):
-        found[f"d4-{mode}"] = Point("compensation", {"steps": 4}, {"compensation": mode})
+    found["d4-none"] = Point("compensation", {"steps": 4}, {"compensation": "none"})
+    for mode in ("mix", "add"):  # their weight moves, and each kind of number would be compiled anew
+        found[f"d4-{mode}"] = Point("compensation", {"steps": 4}, {"compensation": mode, "compile": False})
     found |= {
         "d4-unsigned": Point("neurons", {"steps": 4, "spikes": "unsigned"}, {}),
         "d1-binary": Point("neurons", {"steps": 1, "spikes": "binary"}, {}),
+        "d4-rotated": Point("rotated", rotated, {}),
+        "d2-rotated": Point("rotated", rotated | {"steps": 2}, {}),
+        "d1-rotated": Point("rotated", rotated | {"steps": 1}, {}),
         "d4-channel": Point("neurons", {"steps": 4, "per_channel": True}, {}),
         "d4-one": Point("neurons", {"steps": 4, "threshold": 1.0}, {"threshold_learning_rate": 0.0}),
         "d4-logits": Point("losses", {"steps": 4}, {"hidden": 0.0}),
         "d4-reverse": Point("losses", {"steps": 4}, {"reverse": 0.5}),
+        "d4-both": Point("losses", {"steps": 4}, {"ce": 0.5}),
         "d4-text": Point("losses", {"steps": 4}, {"ce": 1.0, "distil": 0.0, "hidden": 0.0}),
+        "d4-sampled": Point("training", {"steps": 4}, {}, sampled=True),
+        "d4-fast": Point("training", {"steps": 4}, {"learning_rate": 2e-3}),
+        "d4-free": Point("training", {"steps": 4}, {"freeze": ()}),
     }
     return found
 
@@ -147,7 +164,7 @@ def summary(row: dict[str, Any]) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's arguments."""
-    found = parser(__doc__, points(), ["d4", "d4-long"])
+    found = parser(__doc__, points(), ["d4", "d4-long", "d4-sampled-long", "d4-rotated-long"])
     found.add_argument("--model", default="mamba2", help="an embedded model, or a folder")
     found.add_argument("--blimp", type=int, help="pairs of each paradigm; default: all")
     return found.parse_args(arguments)

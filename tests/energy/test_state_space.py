@@ -167,3 +167,15 @@ def test_other_models_have_no_scan() -> None:
     assert report.accountings == {}
     assert "scan_macs" not in report.ops["dense"]
     assert accountings(Counter(), model, [FP32])[ACCOUNTINGS[0]]["rate"] == 0
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_turning_inputs_is_paid_for(family) -> None:
+    """log2 of the matrix's size in additions for each value before out_proj, in both networks that code values."""
+    report = spikeform.energy(spiking(family, rotate=True), IDS)
+    additions = TOKENS * LAYERS * INNER * 6  # INNER is 2^6
+    assert report.ops["spiking"]["rotation_additions"] == report.ops["quantised"]["rotation_additions"] == additions
+    assert "rotation_additions" not in report.ops["dense"]
+    lines = report.estimates["45nm-fp32"]["lines"]
+    assert lines["spiking"]["rotation"] == lines["quantised"]["rotation"] == pytest.approx(additions * FP32.add)
+    assert "rotation" not in spikeform.energy(spiking(family), IDS).estimates["45nm-fp32"]["lines"]["spiking"]

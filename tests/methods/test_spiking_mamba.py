@@ -15,6 +15,7 @@ from spikeform.layers import SpikingLinear
 from spikeform.layers.state_space import ConvolvedProjection
 from spikeform.methods.spiking_mamba.thresholds import fit
 from spikeform.neurons import SignedInteger
+from spikeform.neurons.hadamard import factors, turned
 from spikeform.neurons.signed_integer import integers
 
 IDS = families.tokens(rows=4, length=20)
@@ -115,6 +116,38 @@ def test_given_thresholds_and_broken_inputs():
 def test_bad_options_are_named(options, named):
     with pytest.raises(ConfigError, match=named):
         spikeform.SpikingMamba(**options)
+
+
+@pytest.mark.parametrize("family", families.STATE_SPACE)
+@pytest.mark.parametrize("options", [{}, {"per_channel": True}, {"weight_bits": 8}], ids=str)
+def test_rotation_is_undone_by_the_weights(family, options, tmp_path):
+    dense, model = families.build(family), converted(family, rotate=True, **options)
+    neurons = {n: m for n, m in model.named_modules() if isinstance(m, SignedInteger)}
+    assert {n: m.rotates for n, m in neurons.items()} == {n: "out_proj" in n for n in neurons}
+    with torch.no_grad():
+        sent = model(IDS).logits
+        assert torch.equal(spikeform.load(spikeform.save(model, tmp_path / "m"))(IDS).logits, sent)
+        prefix = model(IDS[:, :-1], use_cache=True)
+        step = model(IDS[:, -1:], cache_params=prefix.cache_params, use_cache=True).logits[:, -1]
+        assert torch.allclose(step, sent[:, -1], atol=1e-4)
+        if not options:
+            for neuron in neurons.values():
+                neuron.paused = True
+            assert torch.allclose(model(IDS).logits, dense(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_heavy_tails_are_told_better_when_rotated():
+    """Seldom large, then very large: what a gate leaves."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 64, generator=generator) * torch.randn(400, 64, generator=generator) ** 4
+    error = {}
+    for rotates in (False, True):
+        neuron = SignedInteger(4, rotates=rotates)
+        seen = turned(x, factors(64, x.device)) if rotates else x
+        fit(neuron, Histogram.of(seen.reshape(1, -1), (1,)), spikeform.SpikingMamba())
+        with torch.no_grad():
+            error[rotates] = float((neuron.encode(x).decode() - seen).square().sum() / x.square().sum())
+    assert error[True] < 0.5 * error[False]
 
 
 def test_models_without_a_mixer_are_refused():

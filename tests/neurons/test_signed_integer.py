@@ -7,6 +7,8 @@ import torch
 
 from spikeform.errors import SpikeformError
 from spikeform.neurons import Compensation, SignedInteger
+from spikeform.neurons.hadamard import factors, turned
+from spikeform.neurons.neuron import recording
 from spikeform.neurons.signed_integer import integers
 
 
@@ -149,3 +151,41 @@ def test_bad_arguments_are_named():
     with pytest.raises(SpikeformError, match="finite and positive"):
         SignedInteger(4).set_threshold(0.0)
     assert not SignedInteger(4).calibrated
+
+
+def rotated(x):
+    return turned(x, factors(x.shape[-1], x.device))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 24, 96, 512])
+def test_turning_is_orthogonal_and_mixes(channels):
+    x, w = torch.randn(2, 5, channels, dtype=torch.float64), torch.randn(7, channels, dtype=torch.float64)
+    assert torch.allclose(rotated(x) @ rotated(w).T, x @ w.T, atol=1e-12)
+    assert rotated(x.bfloat16()).dtype == torch.float32
+    block = channels & -channels
+    one = torch.zeros(channels, dtype=torch.float64)
+    one[0] = 1
+    assert torch.allclose(rotated(one).abs().sort().values[-block:], torch.full((block,), block**-0.5).double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rotated(x.float()), rotated(x.float()).float())
+        assert torch.allclose(rotated(x.float()).double(), rotated(x), atol=1e-5)
+
+
+def test_a_neuron_that_rotates_sends_what_was_rotated():
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+    plain, rotates = neuron(threshold=0.3), neuron(threshold=0.3, rotates=True)
+    with torch.no_grad():
+        assert torch.equal(rotates.encode(x).codes, plain.encode(rotated(x)).codes)
+        assert torch.equal(rotates.integers(x), plain.integers(rotated(x)))
+        rotates.paused = True
+        assert torch.equal(rotates.encode(x).decode(), rotated(x))
+        seen = []
+        with recording(lambda _, v: seen.append(v)):
+            rotates.encode(x)
+    assert torch.equal(seen[0], rotated(x))
+    rotates.paused = False
+    y = x.clone().requires_grad_()
+    place = rotates.encode(y).codes[0].abs().argmin()  # within the window
+    rotates.encode(y).decode()[0, place].backward()
+    assert (y.grad[0] != 0).sum() == 8  # a channel is a sum of its block
+    assert not y.grad[1:].any()

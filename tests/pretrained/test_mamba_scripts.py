@@ -142,6 +142,19 @@ def test_every_point_can_be_run_and_is_in_a_table(script):
     assert {point.config["steps"] for point in points.values() if point.group == "range"} == {1, 2, 4, 8}
 
 
+def test_text_of_the_models_own_is_drawn_once(script, tiny, tmp_path, monkeypatch):
+    runs = script("method_runs")
+    monkeypatch.setattr(runs, "WINDOW", 24)
+    text = torch.arange(1, 101)
+    drawn = runs.sampled_stream(tiny, text, 24 * 5 + 3, tmp_path, rows=2)
+    assert drawn.shape == (24 * 5,)
+    for window in drawn.view(5, 24):
+        assert torch.equal(window[:16], torch.arange(16) + window[0])  # of the text
+    assert drawn.view(5, 24)[:, 16:].unique().numel() > 10
+    monkeypatch.setattr(tiny, "generate", None)
+    assert torch.equal(runs.sampled_stream(tiny, text, 24 * 5 + 3, tmp_path), drawn)
+
+
 def test_a_run_fills_its_file_and_the_tables(script, archive, tiny, tokenizer, tmp_path, monkeypatch):
     run, tables = script("spiking_mamba_run"), script("spiking_mamba_tables")
     tiny.save_pretrained(tmp_path / "model")
@@ -154,7 +167,7 @@ def test_a_run_fills_its_file_and_the_tables(script, archive, tiny, tokenizer, t
     given += ["--steps", "2", "--long-steps", "2", "--batch-size", "2", "--calibration", "2", "--tokens", "1024"]
     given += ["--save", str(tmp_path / "saved"), "--device", "cpu"]
     run.main(run.parse([*given, "--only", "dense", "converted-signed-4", "d4"]))
-    run.main(run.parse([*given, "--only", "converted-signed-4", "long"]))
+    run.main(run.parse([*given, "--only", "converted-signed-4", "d4-long"]))
     data = json.loads(out.read_text())
     assert [row["point"] for row in data["rows"]] == ["dense", "converted-signed-4", "d4", "d4-long"]  # none twice
     row = data["rows"][2]
@@ -163,6 +176,7 @@ def test_a_run_fills_its_file_and_the_tables(script, archive, tiny, tokenizer, t
     assert 0 < row["rates"]["all"]["density"] <= row["rates"]["all"]["spikes"] <= 4
     assert len(row["energy"]["accountings"]) == 3
     assert row["curve"][-1]["step"] == 2
+    assert not any(out.with_suffix(".work").iterdir())  # what a stopped run would go on from
     saved = spikeform.load(tmp_path / "saved" / "d4")
     assert spikeform.perplexity(saved, torch.arange(1, 65), window=64).perplexity > 1
     with pytest.raises(SystemExit, match="another protocol"):

@@ -68,6 +68,30 @@ def test_the_model_comes_closer_to_its_teacher(teacher, options, ids):
     assert not model.training
 
 
+def test_model_teacher_and_losses_are_one_graph(ids, monkeypatch):
+    """Compiled, a step is what it is when it is not; by the backend that only traces, which needs no compiler."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    how = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step: how(step, backend=backend, fullgraph=True))
+    torch.compiler.reset()
+    curves = []
+    for compiled in (False, True):
+        model = converted(rotate=True)
+        taught(model, ids, compile=compiled, compensation="mix", valid=ids[:64])
+        curves.append([{k: v for k, v in p.items() if k != "seconds"} for p in history(model)])
+    assert curves[0] == curves[1]
+    assert len(graphs) == 3  # a weight that moves is a number at first, then a variable, and none once it is 0
+
+
+def history(model):
+    return model.spikeform_report.history[-1]["curve"]
+
+
 def test_a_frozen_parameter_gets_no_gradient():
     model = converted()
     with trainable(model, TrainOptions(freeze=("*embed*", "*.layers.1.*norm*"))):

@@ -34,7 +34,9 @@ from spikeform.energy.self_attention import KINDS, SelfAttentions
 from spikeform.energy.tallies import DenseTally, FiringTally, Population, ProductTally, total
 from spikeform.energy.weights import Weights, weights_of
 from spikeform.layers import SpikingLinear
+from spikeform.neurons import SignedInteger
 from spikeform.neurons.few_spike import FewSpikePattern
+from spikeform.neurons.hadamard import block
 from spikeform.spikes import SpikeTrain, Thermometer
 from spikeform.spikes.trace import Firing, Product, observe
 
@@ -59,6 +61,7 @@ class Counter:
         self.steps, self._wants_real = steps, real
         self.real: dict[str, RealTally] = {}
         self.attentions = SelfAttentions()
+        self._rotating: set[str] = set()
         self.products: dict[tuple[str, str], ProductTally] = {}
         self.firings: dict[tuple[str, str], FiringTally] = {}
         self.dense: dict[str, DenseTally] = {}
@@ -101,6 +104,8 @@ class Counter:
         tally.additions += spikes if event.function == "identity" else 2 * spikes
         tally.additions += sum(parts) if streams else 0
         tally.saturated += int(event.saturated)
+        if event.site in self._rotating:  # by butterflies: log2 of the matrix's size, for each element
+            tally.rotations += event.train.codes.numel() * (block(event.train.shape[-1]).bit_length() - 1)
 
     def _product(self, event: Product) -> None:
         tally = self.products.setdefault((event.site, event.kind), ProductTally(event.site, event.kind))
@@ -189,6 +194,7 @@ class Counter:
         handles = real_hooks(self.real, model) if self._wants_real else []
         handles += mixer_hooks(self.dense, self.real if self._wants_real else None, model)
         self.attentions.know(model)
+        self._rotating = {m.site for m in model.modules() if isinstance(m, SignedInteger) and m.rotates}
         elsewhere = unheard(model)
         for name, module in model.named_modules():
             weight, bias = (getattr(module, key, None) for key in ("weight", "bias"))

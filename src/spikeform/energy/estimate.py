@@ -33,6 +33,7 @@ def compute(counter: Counter, model: CostModel, baseline: Counter | None = None)
             "neurons": spiking["comparisons"] * model.comparison + spiking["neuron_additions"] * model.add,
             **{key: spiking[key] * model.multiply for key in ("row_factors", "leaks") if key in spiking},
             **_units(spiking, model),
+            **_rotation(spiking, model),
             **_real(spiking, model),
         },
         "dense": {"products": products, **real},
@@ -40,6 +41,7 @@ def compute(counter: Counter, model: CostModel, baseline: Counter | None = None)
             "products": quantised,
             "quantise": ops["quantised"]["quantise"] * model.multiply,
             **_units(ops["quantised"], model),
+            **_rotation(ops["quantised"], model),
             **real,
         },
     }
@@ -56,6 +58,11 @@ def _units(ops: dict[str, int], model: CostModel) -> Lines:
         "units": ops["unit_multiplications"] * model.multiply,
         "bias_current": ops["bias_current_additions"] * model.add,
     }
+
+
+def _rotation(ops: dict[str, int], model: CostModel) -> Lines:
+    """Turning inputs before they are coded: the same in the spiking and in the quantised network."""
+    return {"rotation": ops["rotation_additions"] * model.add} if "rotation_additions" in ops else {}
 
 
 def _real(ops: dict[str, int], model: CostModel) -> Lines:
@@ -104,6 +111,8 @@ def operations(counter: Counter, baseline: Counter | None = None) -> dict[str, d
     softmax = _softmax(counter)
     encoded = sum(t.sent.elements for t in rival.firings.values() if t.function == "identity")
     units = _unit_operations(counter)
+    if rotations := sum(t.rotations for t in firings):
+        units["rotation_additions"] = rotations
     return {
         "spiking": {
             "accumulate_weights": sum(t.accumulations for t in products if t.kind == "linear"),

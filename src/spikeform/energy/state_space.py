@@ -23,7 +23,7 @@ PROJECTIONS = "projections only"
 CORE = "projections, convolution and scan"
 WHOLE = "projections, convolution, scan and head"
 ACCOUNTINGS = (PROJECTIONS, CORE, WHOLE)
-UNCOUNTED = "neurons (comparisons, subtractions), memory traffic, norms, gates, biases, functions, embedding"
+UNCOUNTED = "neurons (comparisons, subtractions), rotations, memory traffic, norms, gates, biases, functions, embedding"
 NOT_COUNTED = [
     "of state-space mixers: exp and softplus of the step sizes, their bias and product with A, the skip D x, SiLU, and "
     "reading and writing the recurrent state; the scan is counted in its recurrent form, whatever form ran",

@@ -135,7 +135,7 @@ class ProductTally:
 
 @dataclass
 class FiringTally:
-    """One neuron population's sums over all its calls."""
+    """One neuron population's sums over all its calls; ``rotations``: additions that turn its input beforehand."""
 
     site: str
     function: str
@@ -143,6 +143,7 @@ class FiringTally:
     comparisons: int = 0
     additions: int = 0
     multiplications: int = 0
+    rotations: int = 0
     saturated: int = 0
 
 

@@ -14,20 +14,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from spikeform.neurons.hadamard import block, sylvester
+
 
 @lru_cache(maxsize=32)
 def mixing(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The orthogonal matrix ``[size, size]`` of a size, before its signs. Shared: not to be written to."""
-    odd = size
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2)
-    while odd % 2 == 0:
-        odd //= 2
-        matrix = torch.kron(pair, matrix)
+    even = block(size)
+    odd = size // even
     place = torch.arange(odd, dtype=torch.float64)
     cosines = torch.cos(math.pi / odd * (place + 0.5) * place[:, None]) * math.sqrt(2 / odd)
     cosines[0] /= math.sqrt(2)
-    return torch.kron(matrix, cosines).to(device, dtype)
+    return torch.kron(sylvester(even).double() / math.sqrt(even), cosines).to(device, dtype)
 
 
 def head_matrix(signs: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

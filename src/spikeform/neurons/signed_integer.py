@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from spikeform.errors import SpikeformError
 from spikeform.native import fixed
+from spikeform.neurons.hadamard import Factors, factors, turned
 from spikeform.neurons.neuron import ThresholdNeuron, entry, recorder
 from spikeform.neurons.oat import ROUNDINGS, OatForm
 from spikeform.spikes import SpikeTrain, Thermometer
@@ -106,6 +107,8 @@ class SignedInteger(ThresholdNeuron):
         spikes: ``signed``, ``unsigned`` or ``binary``.
         alpha: Height of the surrogate gradient.
         learns: Whether the threshold is a thing to learn.
+        rotates: Whether channels are turned first (:mod:`spikeform.neurons.hadamard`), because the following weights
+            are. Its input is then what was turned, for thresholds and observers too.
         site: The qualified name under which its firing is reported.
 
     Raises:
@@ -126,6 +129,7 @@ class SignedInteger(ThresholdNeuron):
         spikes: str = "signed",
         alpha: float = 1.0,
         learns: bool = True,
+        rotates: bool = False,
         site: str = "",
     ) -> None:
         super().__init__(site)
@@ -143,8 +147,9 @@ class SignedInteger(ThresholdNeuron):
         self.compensation: Compensation | None = None
         unset = torch.full((channels or 1,), float("nan"), dtype=torch.float32)
         self.threshold = nn.Parameter(unset, requires_grad=learns)
-        self.learns, self.paused = learns, False
+        self.learns, self.rotates, self.paused = learns, rotates, False
         self._form: OatForm | None = None
+        self._factors: Factors | None = None
         self.per_channel = channels is not None
 
     @torch.no_grad()
@@ -173,6 +178,17 @@ class SignedInteger(ThresholdNeuron):
 
     def potential(self, x: Tensor) -> Tensor:
         """``u = x / V_th``, in fp32 (fp64 stays fp64): in bf16 exact ties would be common, and round as they like."""
+        return self._in_thresholds(self._turned(x))
+
+    def _turned(self, x: Tensor) -> Tensor:
+        if not self.rotates:
+            return x
+        found = self._factors
+        if found is None or found[0].device != x.device:
+            found = self._factors = factors(x.shape[-1], x.device)
+        return turned(x, found)
+
+    def _in_thresholds(self, x: Tensor) -> Tensor:
         x = x if x.dtype == torch.float64 else x.float()
         return x / entry(self, self._parameters, "threshold").to(x.dtype)
 
@@ -209,13 +225,14 @@ class SignedInteger(ThresholdNeuron):
         Where gradients flow its codes are differentiable; with ``mix`` they are then no integers. While calibrating,
         the input is shown to the recorder, and passed on unchanged by a neuron that is not calibrated.
         """
+        x = self._turned(x)
         record = recorder()
         if record is not None:
             record(self, x)
         if self.paused or (record is not None and not self.calibrated):
             v = x if x.dtype == torch.float64 else x.float()
             return SpikeTrain(v, v.new_ones(1), self.coding)
-        u = self.potential(x)
+        u = self._in_thresholds(x)
         codes = self._differentiable(u) if torch.is_grad_enabled() and u.requires_grad else None
         exact = codes is None
         codes = integers(u, self.spikes, self.steps).to(torch.int8) if codes is None else codes
@@ -239,4 +256,5 @@ class SignedInteger(ThresholdNeuron):
     def extra_repr(self) -> str:
         """Range, spikes and thresholds."""
         shown = [round(t, 6) for t in self.threshold.tolist()] if self.threshold.numel() == 1 else "per channel"
-        return f"D={self.steps}, {self.spikes}, threshold={shown}{', folded' if self.folded else ''}"
+        more = f"{', rotates' if self.rotates else ''}{', folded' if self.folded else ''}"
+        return f"D={self.steps}, {self.spikes}, threshold={shown}{more}"

@@ -67,7 +67,8 @@ class TrainOptions(Options):
         stream_share: Share of each batch, at least one row and not all, that is so trained.
         bf16: Multiply in bfloat16 (autocast) while training; weights stay fp32, and measuring is in fp32.
         gradient_checkpointing: Keep only the blocks' inputs and compute the rest again: less memory, more time.
-        compile: ``torch.compile`` the training pass.
+        compile: ``torch.compile`` model, teacher and losses as one graph. With a compensation whose weight moves (mix,
+            add) there are three, one after the other.
         evaluate_every: Steps between measurements on the held-out text; None: ten in all. The last step is always
             measured.
         save_every: Steps between two saves of the state that ``resume`` goes on from.

@@ -16,7 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 
@@ -73,7 +73,6 @@ class Trainer(transformers.Trainer):
         self.options, self.steps, self.held_out, self.path = options, steps, held_out, path
         self.stop, self.notify, self._stream, self._model = stop, notify, stream, model
         self._started = time.monotonic() - seconds
-        self._compiled: Any = None
         takes_cache = "use_cache" in inspect.signature(model.forward).parameters
         self._extra = {"use_cache": False} if takes_cache else {}
         cache = getattr(model.config, "use_cache", None)
@@ -94,7 +93,9 @@ class Trainer(transformers.Trainer):
         self.lines = min(self.every, math.ceil(steps / LINES))
         if teacher is not None:
             teacher.to(self.args.device).eval().requires_grad_(False)
-        self.minimised = losses.Objective(options, self._extra, model, teacher)
+        objective = losses.Objective(options, self._extra, model, teacher)
+        # Teacher and losses in one graph with the model: of a small one the launches take longer than the arithmetic.
+        self.minimised: Callable[..., Tensor] = torch.compile(objective.__call__) if options.compile else objective
 
     @property
     def seconds(self) -> float:
@@ -122,10 +123,6 @@ class Trainer(transformers.Trainer):
     ) -> Any:
         """The mean over the batch's rows; see :class:`spikeform.training.losses.Objective`."""
         options = self.options
-        if options.compile:
-            if self._compiled is None:
-                self._compiled = torch.compile(model)
-            model = self._compiled
         rows = len(inputs["labels"])
         cut = min(max(round(rows * (1 - options.stream_share)), 1), rows - 1) if options.streams and rows > 1 else rows
         share = 1 - cut / rows

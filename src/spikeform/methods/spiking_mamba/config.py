@@ -23,6 +23,9 @@ class SpikingMamba(MethodConfig):
         spikes: ``signed``; or, to compare with, ``unsigned`` (integers 0 .. D) or ``binary`` (one spike or none; D 1).
         threshold: V_th of every neuron, e.g. 1; None finds each from calibration data, by the least squared error.
         per_channel: A threshold for each input channel, folded into the following weights, instead of one in all.
+        rotate: Turn the channels before each output projection by a Hadamard matrix, and its weights with them, so that
+            dense model and conversion are the same function: what a gate leaves has heavy tails, which few integers
+            tell badly. Ours, not the paper's.
         alpha: Height of the surrogate gradient.
         conv: Also encode what goes into the causal convolution.
         lm_head: Also encode the output head's input.
@@ -41,6 +44,7 @@ class SpikingMamba(MethodConfig):
     spikes: str = option("signed", "signed, unsigned or binary")
     threshold: float | None = option(None, "threshold of every neuron; none finds each from data")
     per_channel: bool = option(False, "a threshold per input channel, folded into the weights")
+    rotate: bool = option(False, "turn the channels before out_proj by a Hadamard matrix, its weights with them")
     alpha: float = option(1.0, "height of the surrogate gradient")
     conv: bool = option(False, "also encode what goes into the causal convolution")
     lm_head: bool = option(False, "also encode the output head's input")
@@ -53,7 +57,7 @@ class SpikingMamba(MethodConfig):
         whole("steps", self.steps, 1, 16)
         choice("spikes", self.spikes, SPIKES)
         choice("weight_bits", self.weight_bits, (8, 16))
-        switches(self, "per_channel", "conv", "lm_head")
+        switches(self, "per_channel", "rotate", "conv", "lm_head")
         for name in ("threshold", "alpha"):
             value = getattr(self, name)
             if not (name == "threshold" and value is None) and not (is_real(value) and 0 < value < float("inf")):

@@ -16,6 +16,7 @@ from spikeform.layers import SpikingLinear
 from spikeform.layers.state_space import ConvolvedProjection, call_projections
 from spikeform.methods.spiking_mamba.config import SpikingMamba
 from spikeform.neurons import SignedInteger
+from spikeform.neurons.hadamard import factors, turned
 
 PROJECTIONS = ("in_proj", "out_proj")
 
@@ -63,20 +64,27 @@ class _Builder(Builder):
             return "the state-space core stays real: convolution, scan, gate and norms"
         return None
 
-    def _neuron(self, site: str, channels: int | None) -> SignedInteger:
-        config = self.config
-        return SignedInteger(config.steps, channels, spikes=config.spikes, alpha=config.alpha, site=site)
+    def _neuron(self, site: str, channels: int | None, rotates: bool = False) -> SignedInteger:
+        config, kind = self.config, {"spikes": self.config.spikes, "alpha": self.config.alpha}
+        return SignedInteger(config.steps, channels, rotates=rotates, site=site, **kind)
 
     def _linear(self, name: str, module: nn.Linear) -> tuple[nn.Module, str]:
         tied = module is self.head and self.tied  # nothing may be folded into the embedding
-        neuron = self._neuron(name, module.in_features if self.config.per_channel and not tied else None)
+        rotates = self.config.rotate and name.endswith(".out_proj")
+        neuron = self._neuron(name, module.in_features if self.config.per_channel and not tied else None, rotates)
         convolved = self.config.conv and name.endswith(".in_proj")
         layer = (ConvolvedProjection if convolved else SpikingLinear).from_dense(module, neuron)
+        if rotates and not layer.weight.is_meta:  # a checkpoint's are turned already
+            dense = layer.weight.detach()
+            weight = turned(dense, factors(layer.in_features, dense.device)).to(dense.dtype)
+            layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
         if isinstance(layer, ConvolvedProjection):
             mixer: Any = self.projections[name]
             width, taps = mixer.conv1d.weight.shape[0], mixer.conv1d.weight.shape[-1]
             start = mixer.intermediate_size if width != mixer.intermediate_size else 0  # Mamba-2 has its gate first
             layer.send(self._neuron(f"{name}.conv", None), start, start + width, taps)
         coded = self.config.weight_bits == 8 and not tied
-        kind = f"{self.config.spikes} integers{' (convolution too)' if convolved else ''}"
+        kind = (
+            f"{self.config.spikes} integers{' (convolution too)' if convolved else ''}{', rotated' if rotates else ''}"
+        )
         return layer, kind + (", 8-bit weights" if coded else "")
