@@ -25,18 +25,18 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from timing import seconds_inside, taking_turns
 from torch import Tensor, nn
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 import spikeform
-from spikeform.conversion.tuning import _input_major
+from spikeform.conversion.tuning import input_major
 from spikeform.conversion.weights import row_codes
 from spikeform.layers import CodedLinear, SpikingLinear
 from spikeform.native import library
@@ -47,31 +47,15 @@ from spikeform.spikes.trace import Product, observe
 
 SHAPES = {"130M": (768, 24), "1.3B": (2048, 48)}  # width, layers
 STATES, HEAD, TAPS, VOCABULARY, STEPS = 128, 64, 4, 50288, 4
+PARTS = {"in_proj": "projections", "out_proj": "projections", "mixer": "mixers", "lm_head": "head"}
 DENSITIES = (0.75, 0.5, 0.32, 0.2, 0.1)
 INPUTS = 7
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def spread(values: list[float]) -> float:
-    """Distance of the quartiles."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (0.0, 0.0, 0.0)
-    return high - low
-
-
 def threshold_of(x: Tensor, density: float) -> float:
     """V_th at which this share of ``round(x / V_th)`` is not zero."""
     return max(2 * float(x.abs().float().flatten().quantile(1 - density)), 1e-6)
-
-
-def taking_turns(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each case: median and spread of the rounds, after one that is not counted."""
-    found: dict[str, list[float]] = {name: [] for name in cases}
-    for done in range(rounds + 1):
-        for name, run in cases.items():
-            seconds = run()
-            if done:
-                found[name].append(1e3 * seconds)
-    return {name: {"ms": statistics.median(v), "spread_ms": spread(v), "least_ms": min(v)} for name, v in found.items()}
 
 
 # Whole models
@@ -144,40 +128,17 @@ def measured_density(model: nn.Module, ids: Tensor, new: int) -> tuple[float, fl
     return active / elements, spikes / elements
 
 
-@contextmanager
-def clocks(model: nn.Module) -> Iterator[dict[str, float]]:
-    """Seconds inside the projections, the mixers (their projections apart) and the head."""
-    spent = {"projections": 0.0, "mixers": 0.0, "head": 0.0}
-    began: list[float] = []
-    handles = []
-    for name, module in model.named_modules():
-        part = {"in_proj": "projections", "out_proj": "projections", "mixer": "mixers", "lm_head": "head"}.get(
-            name.rpartition(".")[2]
-        )
-        if part is None:
-            continue
-
-        def after(*_: Any, part: str = part) -> None:
-            spent[part] += time.perf_counter() - began.pop()
-
-        handles.append(module.register_forward_pre_hook(lambda *_: began.append(time.perf_counter())))
-        handles.append(module.register_forward_hook(after))
-    yield spent
-    spent["mixers"] -= spent["projections"]
-    for handle in handles:
-        handle.remove()
-
-
 def parts(model: nn.Module, ids: Tensor, new: int) -> dict[str, float]:
     """Milliseconds of a token by part."""
     decode(model, ids, 2)
     out = model(ids, use_cache=True, logits_to_keep=1)
-    with clocks(model) as spent:
+    with seconds_inside(model, lambda name: PARTS.get(name.rpartition(".")[2])) as spent:
         begin = time.perf_counter()
         for _ in range(new):
             token = out.logits[:, -1:].argmax(-1)
             out = model(token, cache_params=out.cache_params, use_cache=True)
         whole = time.perf_counter() - begin
+    spent["mixers"] -= spent["projections"]
     return {part: 1e3 * seconds / new for part, seconds in (*spent.items(), ("whole", whole))}
 
 
@@ -203,7 +164,7 @@ def run_models(given: argparse.Namespace) -> list[dict[str, Any]]:
             set_density(model, ids, density)
             event = copy.deepcopy(model)
             for layer in projections(event).values():
-                layer.event_rows = _input_major(layer)
+                layer.event_rows = input_major(layer)
             found = dict(zip(("density", "rate"), measured_density(model, ids, given.new), strict=True))
             about = {"weights": weights, "asked": density, **found}
             if density == given.densities[0]:
@@ -254,7 +215,7 @@ def projection_cases(K: int, N: int, weights: str, given: argparse.Namespace) ->
     size = {"int8": 1, "bf16": 2, "fp32": 4}[weights] * K * N
     copies = max(-(-given.cold * 2**20 // size), 1)
     layers = layers_of(K, N, weights, copies)
-    rows = [_input_major(layer) for layer in layers]
+    rows = [input_major(layer) for layer in layers]
     dtype = torch.float32 if weights == "int8" else DTYPES[weights]
     inputs = [torch.randn(1, K, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(INPUTS)]
     thresholds = {density: threshold_of(torch.cat(inputs), density) for density in (0.5, *given.densities)}

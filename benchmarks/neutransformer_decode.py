@@ -27,14 +27,14 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from timing import seconds_inside, taking_turns
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -99,24 +99,12 @@ def bytes_of(cache: Any) -> int:
     return sum(x.numel() * x.element_size() for x in kept if isinstance(x, torch.Tensor))
 
 
-@contextmanager
-def clock(model: nn.Module) -> Iterator[dict[str, float]]:
-    """Seconds in attention modules, those in their projections taken off."""
-    spent, began, handles = {"attention": 0.0}, [], []
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        sign = 1 if last in ("attn", "self_attn") else -1 if last in PROJECTIONS and "attn" in name else 0
-        if sign == 0:
-            continue
-
-        def after(*_: Any, sign: int = sign) -> None:
-            spent["attention"] += sign * (time.perf_counter() - began.pop())
-
-        handles.append(module.register_forward_pre_hook(lambda *_: began.append(time.perf_counter())))
-        handles.append(module.register_forward_hook(after))
-    yield spent
-    for handle in handles:
-        handle.remove()
+def part_of(name: str) -> str | None:
+    """Attention, or a projection in it."""
+    last = name.rpartition(".")[2]
+    if last in ("attn", "self_attn"):
+        return "attention"
+    return "projections" if last in PROJECTIONS and "attn" in name else None
 
 
 def wait(device: str) -> None:
@@ -142,22 +130,6 @@ def median_token(model: Any, cache: Any, new: int, device: str) -> float:
     return statistics.median(decode(model, cache, new, device))
 
 
-def turns(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each case: median and quartiles' distance of the rounds, after one that is not counted."""
-    found: dict[str, list[float]] = {name: [] for name in cases}
-    for done in range(rounds + 1):
-        for name, run in cases.items():
-            seconds = run()
-            if done:
-                found[name].append(1e3 * seconds)
-    return {name: {"ms": statistics.median(v), "spread_ms": _spread(v)} for name, v in found.items()}
-
-
-def _spread(values: list[float]) -> float:
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (0.0, 0.0, 0.0)
-    return high - low
-
-
 def decoding(given: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     """One row for each position and model."""
     dtype, device, rows = DTYPES[given.dtype], given.device, []
@@ -179,14 +151,14 @@ def decoding(given: argparse.Namespace, name: str) -> list[dict[str, Any]]:
         }
         cases: dict[str, Callable[[], float]]
         cases = {case: partial(median_token, *pair, given.new, device) for case, pair in caches.items()}
-        measured = turns(cases, given.rounds)
+        measured = taking_turns(cases, given.rounds)
         for case, (model, cache) in caches.items():
             row = {"shape": name, "layers": shape["layers"], "position": position, "model": case, **measured[case]}
             row["cache_bytes"] = bytes_of(cache)
             if device == "cpu":
-                with clock(model) as spent:
+                with seconds_inside(model, part_of) as spent:
                     decode(model, cache, given.new, device)
-                row["attention_ms"] = 1e3 * spent["attention"] / given.new
+                row["attention_ms"] = 1e3 * (spent["attention"] - spent["projections"]) / given.new
             rows.append(row)
         del caches, cases, still
         gc.collect()
@@ -231,7 +203,7 @@ def prefill(given: argparse.Namespace, name: str) -> list[dict[str, Any]]:
             parts.chunk = chunk
             runs[f"spiking, chunks of {chunk}"] = partial(parts, q, k, v, None, 1.0)
         cases = {case: partial(timed, run, device) for case, run in runs.items()}
-        for case, own in turns(cases, given.prefill_rounds).items():
+        for case, own in taking_turns(cases, given.prefill_rounds).items():
             rows.append(
                 {"shape": name, "length": length, "model": case, **own, "us_per_token": 1e3 * own["ms"] / length}
             )

@@ -78,7 +78,7 @@ def tune(model: PreTrainedModel, text: Any, tokenizer: Any = None) -> list[Choic
     found = []
     for name, layer in layers.items():
         timed = zeros.get(name, 0.0) >= LEAST_ZEROS and fusible(rows[name][:1])
-        layer.event_rows = _input_major(layer) if timed else None
+        layer.event_rows = input_major(layer) if timed else None
     candidates = {name: layer for name, layer in layers.items() if layer.event_rows is not None}
     seconds = _race(candidates, rows) if candidates else {}
     for name, layer in layers.items():
@@ -124,7 +124,7 @@ def _look(
     return zeros, rows
 
 
-def _input_major(layer: SpikingLinear) -> Tensor | None:
+def input_major(layer: SpikingLinear) -> Tensor | None:
     """``[K, N]``, where there is a kernel for it: of real weights, and of int8 ones that meet codes of a byte."""
     if isinstance(layer, CodedLinear):
         narrow = isinstance(layer.neuron, GIF | SignedInteger)

@@ -50,8 +50,7 @@ def row_attention(*args: Any) -> Tensor:
     q, k, v, mask, scaling, *parameters = args[:-6]
     thresholds, shifts, limit, resolution, rounding, parts = args[-6:]
     batch, heads, length, size = q.shape
-    words, how = oat_lines(heads * size, thresholds, shifts, limit, rounding, parts)
-    codes = torch.empty((1, words), dtype=torch.int32, device=q.device)
+    codes, how = oat_lines(heads * size, thresholds, shifts, limit, rounding, parts)
     compiled = how["TWO"], how["ROUNDING"], how["LIMBS"], how["PARTS"]
     line = decode.Line(codes, thresholds[0], limit, resolution, compiled)
     seen = Mask.of(mask, batch, heads, length, k.shape[2])

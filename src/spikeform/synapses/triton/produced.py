@@ -171,8 +171,7 @@ def row_norm(
 ) -> Tensor:
     """Codes of ``hg_norm(x, ...)`` ``[..., K]`` of one row, as :func:`~.row.row_oat` makes them."""
     x, width = x.contiguous(), x.shape[-1]
-    words, how = oat_lines(width, thresholds, shifts, limit, rounding, parts)
-    out = torch.empty((len(thresholds), words), dtype=torch.int32, device=x.device)
+    out, how = oat_lines(width, thresholds, shifts, limit, rounding, parts)
     with torch.cuda.device_of(x):
         _norm[(cdiv(width, SHORT), len(thresholds))](
             x,
@@ -183,7 +182,7 @@ def row_norm(
             tuple(shifts) or (x,),
             out,
             width,
-            words,
+            out.shape[1],
             eps,
             gain_offset,
             *bank(bits, low, high),
@@ -230,8 +229,7 @@ def row_gated(
 ) -> Tensor:
     """Codes of ``hg_gated(gate, up, ...)`` ``[..., K]`` of one row, as :func:`~.row.row_oat` makes them."""
     gate, up, width = gate.contiguous(), up.contiguous(), gate.shape[-1]
-    words, how = oat_lines(width, thresholds, shifts, limit, rounding, parts)
-    out = torch.empty((len(thresholds), words), dtype=torch.int32, device=gate.device)
+    out, how = oat_lines(width, thresholds, shifts, limit, rounding, parts)
     with torch.cuda.device_of(gate):
         _gated[(cdiv(width, SHORT), len(thresholds))](
             gate,
@@ -241,7 +239,7 @@ def row_gated(
             tuple(shifts) or (gate,),
             out,
             width,
-            words,
+            out.shape[1],
             *bank(bits, low, high),
             own_limit,
             own_resolution,

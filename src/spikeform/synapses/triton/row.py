@@ -136,14 +136,15 @@ def _gif(
 
 def oat_lines(
     width: int, thresholds: Sequence[Tensor], shifts: Sequence[Tensor], limit: int, rounding: int, parts: int
-) -> tuple[int, dict[str, int]]:
-    """Words of a line, and what :func:`put` is compiled for (and SHIFTED).
+) -> tuple[Tensor, dict[str, int]]:
+    """Room for a line for each population, int32 ``[P, words]``, and what :func:`put` is compiled for (and SHIFTED).
 
     ``parts``: weights of a word, 4 of integers.
     """
     branches, limbs = thresholds[0].numel(), limbs_of(limit) if parts == 4 else 0
     how = {"TWO": branches == 2, "ROUNDING": rounding, "SHIFTED": len(shifts) > 0, "LIMBS": limbs, "PARTS": parts}
-    return words_of_oat(width, branches, limit, parts), how
+    words = words_of_oat(width, branches, limit, parts)
+    return torch.empty((len(thresholds), words), dtype=torch.int32, device=thresholds[0].device), how
 
 
 def row_oat(
@@ -167,8 +168,7 @@ def row_oat(
         parts: Weights of a word: 1 or 2 real ones, whose values are sent, or 4 bytes.
     """
     x, width = x.contiguous(), x.shape[-1]
-    words, how = oat_lines(width, thresholds, shifts, limit, rounding, parts)
-    out = torch.empty((len(thresholds), words), dtype=torch.int32, device=x.device)
+    out, how = oat_lines(width, thresholds, shifts, limit, rounding, parts)
     with torch.cuda.device_of(x):
         _oat[(cdiv(width, SHORT), len(thresholds))](
             x,
@@ -176,7 +176,7 @@ def row_oat(
             tuple(shifts) or (x,),
             out,
             width,
-            words,
+            out.shape[1],
             limit,
             resolution,
             **meta(BLOCK=SHORT, **how),
