@@ -2,8 +2,8 @@
 
     python benchmarks/neutransformer_tables.py
 
-Output: docs/neutransformer_results.md. Several files of neutransformer_run.py may hold the rows; what none of them
-holds is left out.
+Output: docs/neutransformer_results.md, and the block of README.md between its two markers. Several files of
+neutransformer_run.py may hold the rows; what none of them holds is left out.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import readme_block
 from fas_costs import table
 from method_tables import Row, Rows, budget, of, question_lines, ratio_cell, read_rows, verdict, where
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- neutransformer: begin (benchmarks/neutransformer_tables.py) -->", "<!-- neutransformer: end -->"
 BAR = 0.90
 MODELS = ("gpt2-1m", "gpt2", "gpt2-8m", "llama")
 MIDDLE = "gpt2"
 NEURONS = ("query", "key", "value", "output")
 
 ABLATIONS = {
-    "base": "as the sizes above, shorter: T = 4, feed-forward T = 16",
+    "base": "shorter: T = 4, feed-forward T = 16",
     "t1": "T = 1",
     "t2": "T = 2",
     "t8": "T = 8",
@@ -230,12 +232,40 @@ def paper_of(row: Row) -> list[float]:
     return row["energy"]["attention"]["formula"]["paper"]["reduction"] if "energy" in row else []
 
 
+def readme(rows: Rows) -> str:
+    """The short table of README.md."""
+    found = []
+    titles = {name: title for model in MODELS for name, title in titles_of(model).items()}
+    for name, title in titles.items():
+        for row in of(rows, name)[:1]:
+            cells = [f"{row['text']['perplexity']:.2f}", f"{row['text'].get('perplexity_ratio', 1.0):.3f}"]
+            cells += [f"{100 * row['closeness']['accuracy']:.1f}", f"{row['closeness']['hidden']:.3f}"]
+            reduced = ""
+            if name in (*MODELS, *ABLATIONS) and "energy" in row:
+                attention = row["energy"]["attention"]
+                paper, full = (attention[how]["estimates"]["45nm-fp32"] for how in ("formula", "counted"))
+                reduced = f"{100 * paper['reduction']:.0f}, {100 * full['reduction_quadratic']:.0f}"
+            found.append([title, budget(row) if "training" in row else "", *cells, reduced])
+    head = ["network", "steps × sequences of 512", "perplexity", "/ dense", "accuracy %", "cosine"]
+    return "\n".join(table([*head, "attention, ESTIMATED % less: formula, counted"], found)).rstrip()
+
+
+def titles_of(model: str) -> dict[str, str]:
+    """Rows of a model in the short table; the middle one has its ablations."""
+    found = {f"{model}-dense": f"{model}, dense", f"{model}-converted": f"{model}, converted alone", model: model}
+    if model == MIDDLE:
+        names = ("base", "t1", "t2", "t8", "binary", "far", "text")
+        found |= {name: f"{model}, {ABLATIONS[name]}" for name in names}
+    return found
+
+
 def main() -> None:
-    """Reads the files and writes the page."""
+    """Reads the files and writes both outputs."""
     data, rows = load()
     if not rows:
         raise SystemExit(f"no rows in {RESULTS}/neutransformer-quality*.json: run neutransformer_run.py first")
     (ROOT / "docs" / "neutransformer_results.md").write_text(results(data, rows), encoding="utf-8")
+    readme_block.write(BEGIN, END, readme(rows))
 
 
 if __name__ == "__main__":

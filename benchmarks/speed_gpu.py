@@ -50,7 +50,12 @@ layers with weights of their own, in one CUDA graph; the best cuts found; in bra
 programmatic dependent launch; *encoded once*: a row is encoded by a kernel of its own, else by each program of the
 product; *joined*: q, k and v are one product and gate, up another, their weights in one piece. Ours run as "both". A
 copy moved {copied:.2f} TB/s, bytes read and written."""
-CONVERTED = {"las": "LAS, T = 16", "las-int8": "LAS, T = 8, int8 weights", "spikellm": "SpikeLLM, round to nearest"}
+CONVERTED = {
+    "las": "LAS, T = 16",
+    "las8": "LAS, T = 8, powers of two",
+    "las-int8": "LAS, T = 8, int8 weights",
+    "spikellm": "SpikeLLM, round to nearest",
+}
 CONVERT_WORDS = """{layers} layers of {shape}, {tokens} tokens for calibration in sequences of 512, reading and writing
 files not included. The model has {model_GiB:.2f} GiB, a block {block_GiB:.3f}. Aims: 60 seconds, met; the model and one
 block at the peak, **missed**."""

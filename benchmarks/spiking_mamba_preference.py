@@ -3,10 +3,11 @@
     python benchmarks/spiking_mamba_preference.py --checkpoint DIR/d4-long --data DIR
         --out benchmarks/results/spiking-mamba-preference.json [--model FOLDER] [--rates 2e-5 1e-4]
 
-The dense model writes continuations of its own samples; each is paired with one made worse. Held-out pairs have other
-prompts. Every run starts from the checkpoint, which is also its reference, and every run is reported. Measured before
-and after: held-out pairs ranked rightly, with 95% intervals and McNemar's exact test; perplexity on the first tokens of
-books/valid; spikes and density while reading them; BLiMP.
+The dense model writes continuations of its own samples (--prompts text: of windows of the training text; --chosen text:
+the text itself goes on); each is paired with one made worse. Held-out pairs have other prompts. Every run starts from
+the checkpoint, which is also its reference, and every run is reported. Measured before and after: held-out pairs ranked
+rightly, with 95% intervals and McNemar's exact test; perplexity on the first tokens of books/valid; spikes and density
+while reading them; BLiMP.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-5, 1e-4], help="peak learning rates")
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--sft", type=float, default=1.0, help="of dpo: weight of the chosen responses' cross entropy")
-    parser.add_argument("--pairs", type=int, default=5000, help="train and held-out (a fifth) together")
+    parser.add_argument("--compensation", type=float, default=0.0, help="weight of the neurons' gradient compensation")
+    parser.add_argument("--prompts", choices=("own", "text"), default="own")
+    parser.add_argument("--chosen", choices=("sampled", "text"), default="sampled")
+    parser.add_argument("--temperature", type=float, default=0.9, help="of chosen responses")
+    parser.add_argument("--held-out", type=float, default=0.2, help="share of the prompts to measure on")
+    parser.add_argument("--pairs", type=int, default=5000, help="train and held-out together")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, help="default: one epoch")
     parser.add_argument("--tokens", type=int, default=100_000, help="of the held-out text")
@@ -66,6 +72,7 @@ def run(arguments: argparse.Namespace, method: str, rate: float, pairs: Pairs, t
         threshold_learning_rate=rate,
         batch_size=arguments.batch_size,
         steps=arguments.steps,
+        compensation=arguments.compensation,
         bf16=arguments.device == "cuda",
         seed=arguments.seed,
     )
@@ -106,8 +113,16 @@ def main() -> None:
     }
     dense = AutoModelForCausalLM.from_pretrained(folder).to(arguments.device).eval()
     begin = time.monotonic()
-    made = PairOptions(count=arguments.pairs, batch_size=min(512, arguments.pairs), seed=arguments.seed)
-    pairs = preference_pairs(dense, tokenizer, options=made)
+    made = PairOptions(
+        count=arguments.pairs,
+        chosen=arguments.chosen,
+        temperature=arguments.temperature,
+        held_out=arguments.held_out,
+        batch_size=min(512, arguments.pairs),
+        seed=arguments.seed,
+    )
+    documents = list(text.training_documents(data)) if arguments.prompts == "text" else None
+    pairs = preference_pairs(dense, tokenizer, documents, made)
     print(f"{len(pairs.train)} + {len(pairs.held_out)} pairs after {time.monotonic() - begin:.0f} s", flush=True)
     protocol = (
         f"{len(pairs.train)} pairs to learn from, {len(pairs.held_out)} of other prompts to measure on; text: "

@@ -121,10 +121,9 @@ def test_a_run_fills_its_file_and_the_tables(script, given, tmp_path, monkeypatc
         run.main(run.parse([*given, "--tokens", "512"]))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     text = tables.results(*tables.load())
-    assert (
-        f"| as the sizes above, shorter: T = 4, feed-forward T = 16 | 2 × 2 | 0 | {row['text']['perplexity']:.2f} |"
-        in text
-    )
+    said = "| shorter: T = 4, feed-forward T = 16 | 2 × 2 |"
+    assert f"{said} 0 | {row['text']['perplexity']:.2f} |" in text
+    assert f"| gpt2, {said[2:]} {row['text']['perplexity']:.2f} |" in tables.readme(tables.load()[1])
     assert "64.71 to 85.28% less" in text
     for table in (part.splitlines() for part in text.split("\n\n") if part.startswith("| ")):
         assert len({line.count("|") for line in table}) == 1  # as many cells in each line
