@@ -2,7 +2,7 @@
 
     OMP_WAIT_POLICY=passive python benchmarks/neutransformer_decode.py \
         --out benchmarks/results/neutransformer-decode-cpu.json
-    python benchmarks/neutransformer_decode.py --device cuda --dtype bf16 --layers 0 \
+    python benchmarks/neutransformer_decode.py --device cuda --dtype bf16 --layers 0 --compiled \
         --out benchmarks/results/neutransformer-decode-gpu.json
 
 Decoding: whole models of random weights, eager, one token of one sequence at a time, after so many positions. Their
@@ -10,8 +10,10 @@ caches are filled by hand: random keys and values of that length for the dense m
 dynamic and a static cache), random integers for the spiking one, whose state has no length. Gains are calibrated on
 random tokens, feed-forward blocks stay dense, so attention is all that differs. Rounds of all cases take turns; a
 figure is the median over rounds of the median token of a round, which moves the position on by one. ``cache_bytes`` are
-those of one sequence. On a CPU ``attention_ms`` is, in a round of its own, the time inside the attention modules but
-outside their projections. GPT-2 has a table of positions, made as long as is wanted here.
+those of one sequence. ``--compiled`` adds the static and the spiking cache in steps compiled as one graph (on a GPU in
+mode ``reduce-overhead``, CUDA graphs); the first round compiles, and no round waits for that. On a CPU ``attention_ms``
+is, in a round of its own, the time inside the attention modules but outside their projections. GPT-2 has a table of
+positions, made as long as is wanted here.
 
 Prefill: one attention layer, its heads as in the shape, real random queries, keys and values of a sequence: the module
 as it runs, its PyTorch operations by chunks of several sizes, and scaled dot product attention. Spikes of ``rate``.
@@ -88,7 +90,8 @@ def summed(model: nn.Module, position: int, device: str) -> DynamicCache:
         shape = steps, 1, spiking.groups - near, SIZE, SIZE
         recent = (2, steps, 1, near, max(spiking.windows) - 1, SIZE) if near else None
         spikes = None if recent is None else torch.randint(2, recent, device=device)
-        layer.keep(torch.randint(position // 16 + 2, shape, device=device).float(), position, None, spikes)
+        layer.keep(torch.randint(position // 16 + 2, shape, device=device).float(), spikes)
+        layer.advance(position, None)
         cache.layers.append(layer)
     return cache
 
@@ -113,7 +116,7 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def decode(model: Any, cache: Any, new: int, device: str) -> list[float]:
+def decode(model: Callable[..., Any], cache: Any, new: int, device: str) -> list[float]:
     """Seconds of each of ``new`` tokens."""
     token, gaps = torch.zeros(1, 1, dtype=torch.long, device=device), []
     for _ in range(new):
@@ -125,7 +128,7 @@ def decode(model: Any, cache: Any, new: int, device: str) -> list[float]:
     return gaps
 
 
-def median_token(model: Any, cache: Any, new: int, device: str) -> float:
+def median_token(model: Callable[..., Any], cache: Any, new: int, device: str) -> float:
     """Of a round, in seconds."""
     return statistics.median(decode(model, cache, new, device))
 
@@ -142,25 +145,31 @@ def decoding(given: argparse.Namespace, name: str) -> list[dict[str, Any]]:
         copy.deepcopy(dense), spikeform.NeuTransformer(steps=given.steps, ffn="none", windows=given.windows), ids
     )
     spiking.requires_grad_(False)
+    mode = "reduce-overhead" if device == "cuda" else None
+    steps = [torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode) for model in (dense, spiking)]
     for position in positions:
-        still = StaticCache(config=dense.config, max_cache_len=position + tokens)
+        still, other = (StaticCache(config=dense.config, max_cache_len=position + tokens) for _ in range(2))
+        caches: dict[str, tuple[Callable[..., Any], Any]]
         caches = {
             "dense, dynamic cache": (dense, filled(DynamicCache(), shape, position, dtype, device)),
             "dense, static cache": (dense, filled(still, shape, position, dtype, device)),
             f"spiking, T = {given.steps}": (spiking, summed(spiking, position, device)),
         }
+        if given.compiled:
+            caches["dense, static cache, compiled"] = steps[0], filled(other, shape, position, dtype, device)
+            caches[f"spiking, T = {given.steps}, compiled"] = steps[1], summed(spiking, position, device)
         cases: dict[str, Callable[[], float]]
         cases = {case: partial(median_token, *pair, given.new, device) for case, pair in caches.items()}
         measured = taking_turns(cases, given.rounds)
         for case, (model, cache) in caches.items():
             row = {"shape": name, "layers": shape["layers"], "position": position, "model": case, **measured[case]}
             row["cache_bytes"] = bytes_of(cache)
-            if device == "cpu":
+            if device == "cpu" and isinstance(model, nn.Module):
                 with seconds_inside(model, part_of) as spent:
                     decode(model, cache, given.new, device)
                 row["attention_ms"] = 1e3 * (spent["attention"] - spent["projections"]) / given.new
             rows.append(row)
-        del caches, cases, still
+        del caches, cases, still, other
         gc.collect()
     return rows
 
@@ -235,6 +244,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES))
     parser.add_argument("--layers", type=int, default=4, help="of each model; 0: all of the shape's")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--compiled", action="store_true", help="decode in compiled steps too")
     parser.add_argument("--windows", type=int, nargs="*", default=[], help="of heads; none: all see all tokens")
     parser.add_argument("--positions", type=int, nargs="*", default=[1024, 8192, 65536])
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 4096, 16384], help="of the prefill")

@@ -71,7 +71,8 @@ def before(size, layer):
     shape = (2, layer.steps, batch, near, max(layer.windows) - 1, channels)
     recent = torch.randint(-1 if layer.query.signed else 0, 2, shape) if near else None
     state = torch.randint(0, 40, (layer.steps, batch, groups - near, channels, channels)).float()
-    held.keep(state, 90, None, recent)
+    held.keep(state, recent)
+    held.advance(90, None)
     return held
 
 

@@ -11,6 +11,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor
+from torch._inductor.lowering import lowerings
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import spikeform
@@ -211,6 +212,7 @@ def test_a_compiled_step(method, settings):
                 joined.Joined()(module.graph)
                 module.graph.lint()
                 module.recompile()
+                assert all(n.target in lowerings for n in module.graph.nodes if str(n.target).startswith("spikeform"))
             seen.append(operators(module.graph))
             return make_boxed_func(module.forward)
 

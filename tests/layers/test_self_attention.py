@@ -149,12 +149,15 @@ def test_the_state_is_all_that_a_cache_holds(windows):
     assert torch.equal(torch.cat(parts, 1), whole)
     held = cache.layers[0]
     assert isinstance(held, StateLayer)
-    before, spikes_before = held.keys.clone(), held.recent
+    before, spikes_before = held.keys.clone(), None if held.recent is None else held.recent.clone()
+    places = [x.data_ptr() for x in (held.keys, held.number)]
     held.reorder_cache(torch.tensor([1, 1]))
+    assert places == [x.data_ptr() for x in (held.keys, held.number)]
     assert torch.equal(held.keys, before[:, [1, 1]])
     assert not near or torch.equal(held.recent, spikes_before[:, :, [1, 1]])
     held.batch_repeat_interleave(2)
-    assert held.keys.shape[1] == len(held.number) == 4
+    assert held.keys.shape[1] == 4
+    assert held.number.tolist() == [12] * 5
     assert not near or held.recent.shape[2] == 4
     with pytest.raises(SpikeformError, match="running sum"):
         held.crop(-1)
@@ -163,6 +166,24 @@ def test_the_state_is_all_that_a_cache_holds(windows):
     held.reset()
     assert held.get_seq_length() == 0
     assert held.recent is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("windows", [(), (3, 0)])
+def test_what_is_forgotten_leaves_its_place(windows):
+    made, (q, k, v) = layer(windows=windows), inputs()
+    cache, wanted = DynamicCache(), made(q, k, v, None, 1.0)
+    for chunk in (None, 4):  # with and without the operator
+        made.chunk, places = chunk, []
+        for _ in range(2):
+            cache.reset()
+            assert torch.equal(made(q, *made.view(cache).update(k, v, 0), None, 1.0), wanted)
+            held = cache.layers[0]
+            places.append([x.data_ptr() for x in (held.keys, held.number, held.recent) if x is not None])
+            assert held.number.tolist() == [12] * 3
+        assert places[0] == places[1]
+    cache.reset()  # another batch has room of its own
+    assert torch.equal(made(q[:1], *made.view(cache).update(k[:1], v[:1], 0), None, 1.0), wanted[:1])
 
 
 def test_a_cache_of_a_dense_model_is_refused():

@@ -20,7 +20,7 @@ def compile_config(*, fullgraph: bool = True, together: bool = False) -> Compile
     Args:
         fullgraph: Raise an error where a step is not one graph.
         together: On a GPU, put together what decodes one row: products of one input, what makes and encodes it, the
-            cache (:mod:`spikeform.layers.joined`). Tested by Triton's interpreter; it has not run on a GPU yet.
+            cache (:mod:`spikeform.layers.joined`). Tested on a GPU, not timed yet.
 
     Returns:
         For ``model.generate(..., cache_implementation="static", compile_config=...)``, or ``model.get_compiled_call``.

@@ -48,17 +48,18 @@ gif_attention = _define(
     _context,
 )
 # SpikingSelfAttention; here k and v are real too, [B, G, L, E]. seen bool [B, L], or None: no padding. state fp32
-# [T, B, G, E, E], which moves on, or None: none before, and none is kept; number int64 [B]: keys in it, or None: none.
-# windows: those of the key/value heads, 0 where there is none, which come last; with any, state is that of the others,
-# and recent int8 [2, T, B, heads with a window, W, E], the spikes of the last tokens, moves on too. Gains of queries,
-# keys, values and output [H], [G], [G], [H]; tau and reset of all neurons, the threshold of all but the output, whose
-# own is ``last``. Not on a GPU: there it runs as PyTorch's operations.
+# [T, B, G, E, E], which moves on, or None: none before, and none is kept; number int64 [B + 1]: first of all the keys
+# in it of each row, or None: none. windows: those of the key/value heads, 0 where there is none, which come last; with
+# any, state is that of the others, and recent int8 [2, T, B, heads with a window, W, E], the spikes of the last tokens,
+# moves on too. Gains of queries, keys, values and output [H], [G], [G], [H]; tau and reset of all neurons, the
+# threshold of all but the output, whose own is ``last``.
 ssa_attention = define(
     "ssa_attention(Tensor q, Tensor k, Tensor v, Tensor? seen, Tensor(a!)? state, Tensor(b!)? recent, Tensor?"
     " number, Tensor query, Tensor key, Tensor value, Tensor output, int steps, float tau, float threshold, float last,"
     " bool hard, bool signed, bool normalise, int[] windows) -> Tensor",
     _context,
-    *["spikeform.layers.cpu.ssa:ssa_attention"] * 2,
+    "spikeform.layers.cpu.ssa:ssa_attention",
+    "spikeform.layers.triton.ssa:ssa_attention",
 )
 # Codes of what oat_attention leaves of one row, for one matrix: see :mod:`spikeform.synapses.rows`, whose arguments
 # follow. On a GPU alone, in compiled graphs, as are these:

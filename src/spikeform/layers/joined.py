@@ -23,10 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._ops import OpOverload
 from torch.fx import Graph
 from torch.fx.node import map_arg
 
 from spikeform.layers import fused as layers
+from spikeform.native.operators import NAMESPACE
 from spikeform.neurons import fused as neurons
 from spikeform.synapses import fused, rows
 from spikeform.synapses.rows import limbs_of
@@ -156,6 +158,7 @@ class Joined(CustomGraphPass):
                 _append(graph, node)
         for group in groups.values():
             _join(graph, group, order)
+        _known(graph)
 
     def uuid(self) -> bytes:
         """Graphs that were compiled with this pass are kept apart from others."""
@@ -284,6 +287,21 @@ def _append(graph: Graph, attention: Node) -> None:
         attention.replace_input_with(found.put, found.cache)
         for node in (found.copy, found.put, found.pack):
             graph.erase_node(node)
+
+
+def _known(graph: Graph) -> None:
+    """Tell Inductor that the graph's operators of this package are kernels, before it meets them.
+
+    It finds out by itself at the first node of each. But there PyTorch 2.11 writes what made the node's arguments, and
+    what made those, as text for its log, read or not; what has two uses is in it twice, so that each layer before the
+    node makes it three times as long. In a model as it was, these nodes are in the first layer. Here the only norm that
+    no product follows is the last of all, and compiling takes four times as long for each layer more.
+    """
+    from torch._inductor.lowering import lowerings, make_fallback  # two seconds, unless one compiles already
+
+    for target in dict.fromkeys(node.target for node in graph.nodes):
+        if isinstance(target, OpOverload) and target.namespace == NAMESPACE and target not in lowerings:
+            make_fallback(target)
 
 
 def _call(graph: Graph, target: Any, args: tuple) -> Node:

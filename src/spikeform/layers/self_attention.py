@@ -14,11 +14,11 @@ cache holds S alone: its size does not grow. Heads may have a window w of tokens
 them: the sum begins at ``j = i - w + 1``, ``n_i`` is at most w, and of such heads a cache holds the spikes of the last
 w - 1 tokens.
 
-On a CPU one operator does it all where no gradient is wanted and nobody looks on
-(:data:`spikeform.layers.fused.ssa_attention`), by the second form and by events: a key's spike adds the row of values
-to one row of S, a query's spike reads one; keys in a window are met one by one, bit-packed. Source: arXiv 2510.00133
-for the scheme, arXiv 2209.15425 for the form; the row factor, the windows, the signed spikes and the gains of each head
-are ours.
+One operator does it all where no gradient is wanted and nobody looks on
+(:data:`spikeform.layers.fused.ssa_attention`). On a CPU it takes the second form, by events: a key's spike adds the row
+of values to one row of S, a query's spike reads one; keys in a window are met one by one, bit-packed. Source: arXiv
+2510.00133 for the scheme, arXiv 2209.15425 for the form; the row factor, the windows, the signed spikes and the gains
+of each head are ours.
 
 B batch, H query heads, G key/value heads, R = H / G, L positions, E head size, T steps.
 """
@@ -47,6 +47,7 @@ from spikeform.spikes.trace import Product, observer
 from spikeform.synapses.dispatch import fusible
 
 NAME = "spikeform_ssa"
+DEVICES = {"cpu"}  # devices that run the operator; its CUDA kernels have run on Triton's interpreter alone
 
 
 class SpikingSelfAttention(nn.Module):
@@ -127,7 +128,10 @@ class SpikingSelfAttention(nn.Module):
             raise SpikeformError(f"{self.site}: {k_BGLE.shape[-2]} keys came for {q_BHLE.shape[-2]} queries")
         seen_BL = _seen(mask, len(q_BHLE), q_BHLE.shape[-2])
         run = self._fused if self._fusible(q_BHLE, k_BGLE, v_BGLE, state) else self.attend
-        return run(q_BHLE, k_BGLE, v_BGLE, seen_BL, state)
+        out_BLHE = run(q_BHLE, k_BGLE, v_BGLE, seen_BL, state)
+        if state is not None:
+            state.advance(q_BHLE.shape[-2], seen_BL)
+        return out_BLHE
 
     def neurons(self) -> tuple[LIF, LIF, LIF, LIF]:
         """Those of queries, keys, values and the output."""
@@ -135,7 +139,7 @@ class SpikingSelfAttention(nn.Module):
 
     def _fusible(self, q: Tensor, k: Tensor, v: Tensor, state: StateLayer | None) -> bool:
         """Whether one operator may do it all: the same bits, and no train in between."""
-        if self.chunk is not None or not q.is_cpu or not q.dtype == k.dtype == v.dtype:
+        if self.chunk is not None or q.device.type not in DEVICES or not q.dtype == k.dtype == v.dtype:
             return False
         neurons = self.neurons()
         if any(neuron._forward_hooks or neuron._forward_pre_hooks for neuron in neurons):
@@ -153,27 +157,23 @@ class SpikingSelfAttention(nn.Module):
         number, held, recent = None, None, None
         if state is not None:
             batch, size = len(q), q.shape[-1]
-            number, shape = state.number, (self.steps, batch, self.groups - self.local, size, size)
-            held = q.new_zeros(shape, dtype=torch.float32) if state.keys is None else state.keys
-            if held.shape != shape:
-                raise SpikeformError(
-                    f"{self.site}: the cache holds a state {tuple(held.shape)}, this input has {shape}"
-                )
-            if self.local:
-                shape = (2, self.steps, batch, self.local, max(self.windows) - 1, size)
-                recent = q.new_zeros(shape, dtype=torch.int8) if state.recent is None else state.recent
-                recent = recent.contiguous()
+            try:
+                shape = self.steps, batch, self.groups - self.local, size, size
+                held = state.room("keys", shape, torch.float32, q.device)
+                if self.local:
+                    shape = 2, self.steps, batch, self.local, max(self.windows) - 1, size
+                    recent = state.room("recent", shape, torch.int8, q.device)
+            except SpikeformError as error:
+                raise SpikeformError(f"{self.site}: {error}") from None
+            number = state.number
         neurons = self.neurons()
         one = neurons[0]
-        out = ssa_attention(
+        return ssa_attention(
             *(q, k, v, seen, held, recent, number),
             *(neuron.gain for neuron in neurons),
             *(self.steps, one.tau, one.threshold, neurons[-1].threshold),
             *(one.reset == "hard", one.signed, self.normalise, self.windows),
         )
-        if state is not None and held is not None:
-            state.keep(held, q.shape[-2], seen, recent)
-        return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, state: StateLayer | None) -> Tensor:
         """Neurons and products one after the other; arguments as :meth:`forward`'s, ``seen`` ``[B, L]`` or None."""
@@ -212,7 +212,7 @@ class SpikingSelfAttention(nn.Module):
                 number = number.minimum(sizes[:, None])
             counts = counts / number[..., None]
         if state is not None:
-            state.keep(kept.get("state"), length, seen_BL, kept.get("recent"))
+            state.keep(kept.get("state"), kept.get("recent"))
         return self.output(counts, varying=True).codes.to(dtype).mean(0)
 
     def _windows_on(self, device: torch.device) -> Tensor:
@@ -240,7 +240,7 @@ class SpikingSelfAttention(nn.Module):
         seen = torch.ones(batch, length, dtype=torch.bool) if seen_BL is None else seen_BL
         pairs = int(seen.long().cumsum(-1).sum())
         if state is not None and state.number is not None:
-            pairs += length * int(state.number.sum())
+            pairs += length * int(state.number[:-1].sum())
         kind, fan = ("attention", length) if state is None or state.number is None else ("recurrence", size)
         if state is not None and state.recent is not None:
             keys, values = (_after(old, train) for old, train in zip(state.recent, (keys, values), strict=True))
@@ -309,8 +309,11 @@ def padding_mask(
         )
     if attention_mask is None:
         return None
-    seen = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-    return seen[:, None, None]
+    if isinstance(kv_offset, Tensor):  # of a StateLayer: a device is not asked where it is
+        seen = attention_mask.index_select(1, kv_offset + torch.arange(kv_length, device=attention_mask.device))
+    else:
+        seen = attention_mask[:, kv_offset : kv_offset + kv_length]
+    return seen.bool()[:, None, None]
 
 
 def attention_forward(
@@ -361,7 +364,7 @@ def _number(seen: Tensor | None, batch: int, length: int, before: Tensor | None,
         number = torch.arange(1, length + 1, dtype=like.dtype, device=like.device).expand(batch, -1)
     else:
         number = seen.to(like.dtype).cumsum(-1)
-    number = number if before is None else number + before[:, None].to(like.dtype)
+    number = number if before is None else number + before[:batch, None].to(like.dtype)
     return number.clamp(min=1)
 
 
