@@ -72,6 +72,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "las16-free": ("LAS", {"steps": 16, "thresholds": FREE}),
     "las8-free": ("LAS", {"steps": 8, "thresholds": FREE}),
     "las15-int8": ("LAS", {"steps": 15, "weight_bits": 8}),
+    "las15-int8-head": ("LAS", {"steps": 15, "weight_bits": 8, "lm_head": True}),
     "las8-int8": ("LAS", {"steps": 8, "weight_bits": 8}),
     "las7-int8": ("LAS", {"steps": 7, "weight_bits": 8}),
     "las7-int8-head": ("LAS", {"steps": 7, "weight_bits": 8, "lm_head": True}),
