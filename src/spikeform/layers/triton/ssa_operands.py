@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spikeform.neurons.triton.codes import rounded
-from spikeform.neurons.triton.lif import _after as after
-from spikeform.neurons.triton.lif import _step as step
+from spikeform.neurons.triton.lif import after, step
 
 LEAST = 16  # of each size of a product of tensor cores
 PLANE = tl.constexpr(2048.0)  # integers up to here are fp16

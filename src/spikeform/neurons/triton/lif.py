@@ -26,7 +26,7 @@ def _place(total, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _step(v, current, tau, threshold, LEAKS: tl.constexpr, SIGNED: tl.constexpr):
+def step(v, current, tau, threshold, LEAKS: tl.constexpr, SIGNED: tl.constexpr):
     """Potential before the reset, and what is sent."""
     u = v + tl.div_rn(current - v, v * 0.0 + tau) if LEAKS else v + current
     s = (u >= threshold).to(tl.float32)
@@ -36,7 +36,8 @@ def _step(v, current, tau, threshold, LEAKS: tl.constexpr, SIGNED: tl.constexpr)
 
 
 @triton.jit
-def _after(u, s, threshold, HARD: tl.constexpr):
+def after(u, s, threshold, HARD: tl.constexpr):
+    """The membrane after the spikes ``s``: reset to zero (HARD), or less by the threshold for each."""
     if HARD:
         return u * (1.0 - tl.abs(s))
     else:
@@ -76,8 +77,8 @@ def _forward(
     for t in tl.static_range(STEPS):
         if VARYING and t > 0:
             now = tl.load(current + at, live, other=0.0)
-        u, s = _step(v, now, tau, threshold, LEAKS, SIGNED)
-        v = _after(u, s, threshold, HARD)
+        u, s = step(v, now, tau, threshold, LEAKS, SIGNED)
+        v = after(u, s, threshold, HARD)
         if out.dtype.element_ty == tl.int8:
             tl.store(out + at, to_integer(s, tl.int8), live)
         else:
@@ -110,8 +111,8 @@ def _backward(
     for t in tl.static_range(STEPS):
         if VARYING and t > 0:
             now = tl.load(current + at, live, other=0.0)
-        u, s = _step(v, now, tau, threshold, LEAKS, SIGNED)
-        v = _after(u, s, threshold, HARD)
+        u, s = step(v, now, tau, threshold, LEAKS, SIGNED)
+        v = after(u, s, threshold, HARD)
         before += (u,)
         sent += (s,)
         at += total
