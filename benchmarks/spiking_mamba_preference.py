@@ -48,6 +48,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", choices=("own", "text"), default="own")
     parser.add_argument("--chosen", choices=("sampled", "text"), default="sampled")
     parser.add_argument("--temperature", type=float, default=0.9, help="of chosen responses")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--response-tokens", type=int, default=32)
     parser.add_argument("--held-out", type=float, default=0.2, help="share of the prompts to measure on")
     parser.add_argument("--pairs", type=int, default=5000, help="train and held-out together")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -115,6 +117,8 @@ def main() -> None:
     begin = time.monotonic()
     made = PairOptions(
         count=arguments.pairs,
+        prompt_tokens=arguments.prompt_tokens,
+        response_tokens=arguments.response_tokens,
         chosen=arguments.chosen,
         temperature=arguments.temperature,
         held_out=arguments.held_out,
