@@ -55,10 +55,8 @@ def ssa_attention(
         if held is not None:
             held.keys, held.recent, held.number = state, recent, number
         out = layer.attend(q, k, v, seen, held)
-        if state is not None and held is not None and held.keys is not None:
-            state.copy_(held.keys)
-        if recent is not None and held is not None and held.recent is not None:
-            recent.copy_(held.recent)
+        if state is not None and held is not None and held.keys is not None and held.keys is not state:
+            state.copy_(held.keys)  # sums of another dtype; all else moved on in its place
         return out
     q, k, v = (x if x.stride(-1) == 1 or size == 1 else x.contiguous() for x in (q, k, v))
     out = q.new_empty(batch, length, heads, size)

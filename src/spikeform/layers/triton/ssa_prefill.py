@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spikeform.layers.triton.operands import cdiv, pow2, run
-from spikeform.layers.triton.ssa_operands import LEAST, PLANE, Given, fire, mean, sent
+from spikeform.layers.triton.ssa_operands import LEAST, PLANE, Given, currents, fire, mean, sent
 from spikeform.synapses.triton.operands import pick
 
 TILE = 8192  # elements of a chunk's keys
@@ -69,8 +69,7 @@ def _encode(
     v_live = (p < length)[:, None] & (c < SIZE)[None, :]
     k_at = k + batch * k_b + group * k_g + p[:, None].to(tl.int64) * k_l + e[None, :]
     v_at = v + batch * v_b + group * v_g + p[:, None].to(tl.int64) * v_l + c[None, :]
-    k_now = tl.load(k_at, k_live, other=0.0).to(tl.float32) * tl.load(k_gain + group).to(tl.float32)
-    v_now = tl.load(v_at, v_live, other=0.0).to(tl.float32) * tl.load(v_gain + group).to(tl.float32)
+    k_now, v_now = currents(k_at, k_gain + group, k_live), currents(v_at, v_gain + group, v_live)
     heard = (p < length).to(tl.float32)
     if SEEN:
         heard = tl.load(seen + batch * length + p, p < length, other=0).to(tl.float32)
@@ -170,8 +169,7 @@ def _context(
     p, e = tile * M + tl.arange(0, M), tl.arange(0, E)
     c = part * COLUMNS + tl.arange(0, COLUMNS)
     at = q + batch * q_b + head * q_h + p[:, None].to(tl.int64) * q_l + e[None, :]
-    q_now = tl.load(at, (p < length)[:, None] & (e < SIZE)[None, :], other=0.0).to(tl.float32)
-    q_now *= tl.load(q_gain + head).to(tl.float32)
+    q_now = currents(at, q_gain + head, (p < length)[:, None] & (e < SIZE)[None, :])
     own = tl.load(gain + head).to(tl.float32)
     keys = (p + 1).to(tl.float32)
     if COUNTED:
