@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import spikeform
 from kernels import DEVICE, INTERPRETED, fused, let_bounds_be_scalars, needs_triton, not_interpreted, on_the_interpreter
-from spikeform.layers import joined
+from spikeform.layers import joined, nodes
 from spikeform.neurons.oat import ROUNDINGS
 from spikeform.synapses import dispatch
 from spikeform.synapses.fused import pack_nibbles
@@ -26,7 +26,7 @@ from spikeform.synapses.fused import pack_nibbles
 def loops(monkeypatch):
     if INTERPRETED:
         let_bounds_be_scalars(monkeypatch)
-        monkeypatch.setattr(joined, "DEVICES", {"cpu"})
+        monkeypatch.setattr(nodes, "DEVICES", {"cpu"})
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -35,11 +35,11 @@ def random(*shape, seed=0, dtype=torch.float32):
     return x.to(DEVICE, dtype)
 
 
-def test_it_is_asked_for():
-    """By an option of the compiler; two configs that ask for it are equal, so that nothing is compiled twice."""
-    together, again = (spikeform.compile_config(together=True).to_dict() for _ in range(2))
+def test_it_is_an_option_of_the_compiler():
+    """By an option of the compiler; two configs with it are equal, so that nothing is compiled twice."""
+    together, again = (spikeform.compile_config().to_dict() for _ in range(2))
     assert isinstance(together["options"]["post_grad_custom_pre_pass"], joined.Joined)
-    assert together == again != spikeform.compile_config().to_dict()
+    assert together == again != spikeform.compile_config(together=False).to_dict()
     assert inductor.post_grad_custom_pre_pass is None
     del together["options"]["guard_filter_fn"]  # which torch.compile takes for itself
     wrapper = torch._TorchCompileInductorWrapper(None, together["options"], False)

@@ -8,7 +8,7 @@ from torch.compiler import skip_guard_on_all_nn_modules_unsafe
 from transformers import CompileConfig
 
 
-def compile_config(*, fullgraph: bool = True, together: bool = False) -> CompileConfig:
+def compile_config(*, fullgraph: bool = True, together: bool = True) -> CompileConfig:
     """How ``generate`` should compile a converted model, if nobody changes the model meanwhile.
 
     As transformers does by itself, but that a call does not look at every attribute of every module before it begins.
@@ -20,7 +20,7 @@ def compile_config(*, fullgraph: bool = True, together: bool = False) -> Compile
     Args:
         fullgraph: Raise an error where a step is not one graph.
         together: On a GPU, put together what decodes one row: products of one input, what makes and encodes it, the
-            cache (:mod:`spikeform.layers.joined`). Tested on a GPU, not timed yet.
+            cache (:mod:`spikeform.layers.joined`).
 
     Returns:
         For ``model.generate(..., cache_implementation="static", compile_config=...)``, or ``model.get_compiled_call``.

@@ -16,29 +16,21 @@ the same in the same order. A norm sums its squares in another: a code may diffe
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
 from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._ops import OpOverload
 from torch.fx import Graph
-from torch.fx.node import map_arg
 
-from spikeform.layers import fused as layers
+from spikeform.layers import joined_cache, nodes
+from spikeform.layers.joined_cache import join_caches
+from spikeform.layers.nodes import DEFINED, OPS, Node, call, value
 from spikeform.native.operators import NAMESPACE
-from spikeform.neurons import fused as neurons
-from spikeform.synapses import fused, rows
 from spikeform.synapses.rows import limbs_of
 
-Node = Any  # of torch.fx: what its arguments are is known from its operator
-OPS = torch.ops.spikeform  # as these define them
-DEFINED = neurons, fused, rows, layers
-DEVICES = {"cuda"}  # whose products are put together
-ADD, COPY = torch.ops.aten.add.Tensor, torch.ops.aten.copy_.default
-PUT, COPIED = torch.ops.aten.index_put.default, torch.ops.aten.index_copy.default  # with decompositions, and without
+ADD = torch.ops.aten.add.Tensor
 
 
 class Product(NamedTuple):
@@ -70,11 +62,6 @@ class Product(NamedTuple):
         return self.x, self.encoder, self.how, thresholds, given, value(self.weight[0]).dtype, value(self.node).dtype
 
 
-def value(node: Any) -> Tensor:
-    """The fake tensor that stands for what a node gives."""
-    return node.meta["val"]
-
-
 def _oat(node: Node, x, weight, bias, threshold, shift, limit, resolution, rounding, _single) -> Product:
     how = limit, resolution, rounding, 4 // value(weight).element_size()
     return Product(node, x, OPS.row_oat.default, (threshold, shift), how, (weight, None, None, bias), (1, 1))
@@ -103,20 +90,6 @@ PRODUCERS = {
     OPS.oat_attention.default: OPS.row_attention.default,
 }
 VIEWS = {torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
-# By an attention: what packs its keys and values, the operator that puts both into a cache, and which arguments that
-# takes of the two that pack.
-APPENDS = {
-    OPS.oat_attention.default: (
-        OPS.oat_pack.default,
-        OPS.oat_append.default,
-        lambda k, v: (k[1], v[1], *k[2:]) if k[2:] == v[2:] else None,
-    ),
-    OPS.gif_attention.default: (
-        OPS.gif_pack.default,
-        OPS.gif_append.default,
-        lambda k, v: (k[2], v[2], k[3], k[4], v[4]) if k[3] == v[3] else None,
-    ),
-}
 
 
 def product_of(node: Node) -> Product | None:
@@ -126,7 +99,7 @@ def product_of(node: Node) -> Product | None:
         return None
     found = make(node, *node.args)
     x, weight = value(found.x), value(found.weight[0])
-    if x.device.type not in DEVICES or any(not isinstance(n, int) for n in x.shape) or x.numel() != x.shape[-1]:
+    if x.device.type not in nodes.DEVICES or any(not isinstance(n, int) for n in x.shape) or x.numel() != x.shape[-1]:
         return None
     whole = weight.shape[1] * weight.element_size() % 4 == 0 and x.shape[-1] % 4 == 0
     known = weight.dtype in (torch.int8, torch.uint8, torch.bfloat16, torch.float32)
@@ -153,16 +126,14 @@ class Joined(CustomGraphPass):
             group = groups.setdefault(found.kind, [])
             if not group or all(_early(x, group[0].node, order) for x in (*found.neuron, *found.weight)):
                 group.append(found)
-        for node in list(graph.nodes):
-            if node.target in APPENDS:
-                _append(graph, node)
+        join_caches(graph)
         for group in groups.values():
             _join(graph, group, order)
         _known(graph)
 
     def uuid(self) -> bytes:
         """Graphs that were compiled with this pass are kept apart from others."""
-        return get_hash_for_files((__file__, *(module.__file__ for module in DEFINED)))
+        return get_hash_for_files((__file__, *(module.__file__ for module in (*DEFINED, joined_cache, nodes))))
 
 
 def _early(node: Node | None, first: Node, order: dict[Node, int]) -> bool:
@@ -195,9 +166,9 @@ def _join(graph: Graph, group: list[Product], order: dict[Node, int]) -> None:
     y = value(first.node)
     last = residual, y.dtype, list(y.shape[:-1]), *first.sums
     with graph.inserting_before(first.node):
-        codes = _call(graph, encoder, (*source, *lists, *first.how))
-        outs = _call(graph, OPS.row_product.default, (codes, *matrices, *last))
-        parts = [_call(graph, getitem, (outs, i)) for i in range(len(group))]
+        codes = call(graph, encoder, (*source, *lists, *first.how))
+        outs = call(graph, OPS.row_product.default, (codes, *matrices, *last))
+        parts = [call(graph, getitem, (outs, i)) for i in range(len(group))]
     order |= dict.fromkeys(parts, order[first.node])
     for member, part in zip(group, parts, strict=True):
         replaced = member.node if total is None else total
@@ -237,58 +208,6 @@ def _residual(group: list[Product], order: dict[Node, int]) -> tuple[Node | None
     return (other, total) if norm and len(same) == 1 and order[other] < order[node] else (None, None)
 
 
-class Put(NamedTuple):
-    """One token's codes on their way into a cache that is an input of the graph: nodes."""
-
-    cache: Node
-    place: Node
-    pack: Node
-    put: Node
-    copy: Node
-
-
-def _put(node: Any, attention: Node, pack: Any) -> Put | None:
-    """How ``attention`` comes by its keys or values, where it is so, and nobody else looks on."""
-    target = getattr(node, "target", None)
-    if target is None or node.kwargs:
-        return None
-    if target is PUT and len(node.args) == 3 and len(node.args[1]) == 3 and node.args[1][:2] == [None, None]:
-        cache, (_, _, spot), packed = node.args
-    elif target is COPIED and node.args[1] in (2, -2):
-        cache, _, spot, packed = node.args
-    else:
-        return None
-    copies = [user for user in node.users if user.target is COPY and user.args == (cache, node)]
-    if len(copies) != 1 or set(node.users) != {attention, *copies}:
-        return None
-    if cache.op != "placeholder" or set(cache.users) != {node, *copies} or packed.target is not pack:
-        return None
-    to, x, place = value(cache), value(packed.args[0]), value(spot)
-    one_token = x.ndim == to.ndim == 4 and x.shape[2] == 1 and place.shape == (1,) and place.dtype == torch.int64
-    fits = to.dtype == value(packed).dtype and to.shape[:2] == x.shape[:2] and to.shape[3] == value(packed).shape[3]
-    if not one_token or not fits or to.stride(3) != 1 or to.device.type not in DEVICES or len(packed.users) != 1:
-        return None
-    return Put(cache, spot, packed, node, copies[0])
-
-
-def _append(graph: Graph, attention: Node) -> None:
-    """One operator for keys and values, before ``attention``, which then reads the cache itself."""
-    pack, append, both = APPENDS[attention.target]
-    keys, values = (_put(node, attention, pack) for node in attention.args[1:3])
-    if keys is None or values is None or keys.place is not values.place or keys.cache is values.cache:
-        return
-    how = both(keys.pack.args, values.pack.args)
-    if how is None or value(keys.pack.args[0]).shape != value(values.pack.args[0]).shape:
-        return
-    with graph.inserting_before(attention):
-        given = keys.pack.args[0], values.pack.args[0]
-        _call(graph, append, (keys.cache, values.cache, keys.place, *given, *how))
-    for found in (keys, values):
-        attention.replace_input_with(found.put, found.cache)
-        for node in (found.copy, found.put, found.pack):
-            graph.erase_node(node)
-
-
 def _known(graph: Graph) -> None:
     """Tell Inductor that the graph's operators of this package are kernels, before it meets them.
 
@@ -302,13 +221,3 @@ def _known(graph: Graph) -> None:
     for target in dict.fromkeys(node.target for node in graph.nodes):
         if isinstance(target, OpOverload) and target.namespace == NAMESPACE and target not in lowerings:
             make_fallback(target)
-
-
-def _call(graph: Graph, target: Any, args: tuple) -> Node:
-    """A new node, and what stands for its result."""
-    node = graph.call_function(target, args)
-    given = map_arg(args, value)
-    mode = getattr(value(node.all_input_nodes[0]), "fake_mode", None)
-    with nullcontext() if mode is None else mode:
-        node.meta["val"] = target(*given)
-    return node

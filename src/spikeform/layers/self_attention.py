@@ -47,7 +47,7 @@ from spikeform.spikes.trace import Product, observer
 from spikeform.synapses.dispatch import fusible
 
 NAME = "spikeform_ssa"
-DEVICES = {"cpu"}  # devices that run the operator; its CUDA kernels have run on Triton's interpreter alone
+DEVICES = {"cpu", "cuda"}  # devices that run the operator
 
 
 class SpikingSelfAttention(nn.Module):
