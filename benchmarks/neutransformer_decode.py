@@ -2,8 +2,8 @@
 
     OMP_WAIT_POLICY=passive python benchmarks/neutransformer_decode.py \
         --out benchmarks/results/neutransformer-decode-cpu.json
-    python benchmarks/neutransformer_decode.py --device cuda --dtype bf16 --layers 0 --compiled \
-        --out benchmarks/results/neutransformer-decode-gpu.json
+    python benchmarks/neutransformer_decode.py --device cuda --dtype bf16 --layers 0 --compiled --windows 2 8 32 0 \
+        --rounds 3 --chunks --out benchmarks/results/neutransformer-decode-gpu-windows.json
 
 Decoding: whole models of random weights, eager, one token of one sequence at a time, after so many positions. Their
 caches are filled by hand: random keys and values of that length for the dense model (scaled dot product attention; a
@@ -16,7 +16,8 @@ is, in a round of its own, the time inside the attention modules but outside the
 positions, made as long as is wanted here.
 
 Prefill: one attention layer, its heads as in the shape, real random queries, keys and values of a sequence: the module
-as it runs, its PyTorch operations by chunks of several sizes, and scaled dot product attention. Spikes of ``rate``.
+as it runs, all heads seeing all tokens, its PyTorch operations by chunks of several sizes, and scaled dot product
+attention. Spikes of ``rate``.
 """
 
 from __future__ import annotations

@@ -75,6 +75,7 @@ QUESTIONS = (
     ("feed-forward T = 16 below 8", "base", "ffn8"),
     ("feed-forward T = 32 below 16", "ffn32", "base"),
     ("`signed_if` below `relu_if`", "base", "ffn-relu"),
+    ("feed-forward dense below T = 16", "ffn-none", "base"),
 )
 INTRO = """# NeuTransformer: results
 
@@ -215,7 +216,8 @@ def results(data: list[dict[str, Any]], rows: Rows) -> str:
     """The text of docs/neutransformer_results.md."""
     lines = [INTRO, *dict.fromkeys(where(one) for one in data), ""]
     lines += ["## What was asked", "", *bars(rows), "## Sizes", "", *size_lines(rows)]
-    lines += ["## What it takes", "", *trained_lines(rows, REACH)]
+    reached = trained_lines(rows, REACH)
+    lines += ["## What it takes", "", *reached] if reached else []
     lines += ["## At equal budget", "", ABLATION_WORDS, "", *trained_lines(rows, ABLATIONS)]
     lines += ["Lower is better, by perplexity:", "", *question_lines(rows, QUESTIONS), "and by closeness:", ""]
     lines += question_lines(rows, QUESTIONS, "1 - cosine", lambda row: 1 - row["closeness"]["hidden"])
@@ -253,7 +255,8 @@ def readme(rows: Rows) -> str:
 
 def titles_of(model: str) -> dict[str, str]:
     """Rows of a model in the short table; the middle one has its ablations."""
-    found = {f"{model}-dense": f"{model}, dense", f"{model}-converted": f"{model}, converted alone", model: model}
+    found = {f"{model}-dense": f"{model}, dense", f"{model}-converted": f"{model}, converted alone"}
+    found[model] = f"{model}, fine-tuned"
     if model == MIDDLE:
         names = ("base", "t1", "t2", "t8", "binary", "far", "text")
         found |= {name: f"{model}, {ABLATIONS[name]}" for name in names}

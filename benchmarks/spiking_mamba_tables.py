@@ -23,6 +23,7 @@ PREFERENCE = "spiking-mamba-preference.json"
 BEGIN, END = "<!-- spiking-mamba: begin (benchmarks/spiking_mamba_tables.py) -->", "<!-- spiking-mamba: end -->"
 HEADLINE, PERPLEXITY_BAR, BLIMP_BAR, TUNED_BAR = "d4-long", 1.10, 2.0, 1.02
 LONG = (HEADLINE, "d4-sampled-long", "d4-rotated-long")
+RANGE = ("d1", "d2", "d4", "d8", "d1-rotated", "d2-rotated", "d4-rotated")
 
 TITLES = {
     "d4-long": "D = 4, longer",
@@ -61,6 +62,7 @@ QUESTIONS = (
     ("D = 4 below D = 2", "d4", "d2"),
     ("D = 8 below D = 4", "d8", "d4"),
     ("rotated below not rotated, D = 4", "d4-rotated", "d4"),
+    ("rotated below not rotated, D = 2", "d2-rotated", "d2"),
     ("rotated below not rotated, D = 1", "d1-rotated", "d1"),
     ("the teacher's own text below the books", "d4-sampled", "d4"),
     ("free embedding below frozen", "d4-free", "d4"),
@@ -68,7 +70,9 @@ QUESTIONS = (
     ("learned thresholds below 1", "d4", "d4-one"),
     ("with hidden states below without", "d4", "d4-logits"),
     ("half reversed divergence below forward alone", "d4-reverse", "d4"),
+    ("teacher alone below half a cross entropy besides", "d4", "d4-both"),
     ("teacher below cross entropy alone", "d4", "d4-text"),
+    ("learning rate 2e-3 below 6e-4", "d4-fast", "d4"),
 )
 INTRO = """# SpikingMamba: results
 
@@ -111,7 +115,7 @@ HEAD = ["perplexity", "ratio", "KL", "BLiMP %", "lost", "spikes", "density"]
 def bars(rows: Rows, tuned: dict[str, Any] | None) -> list[str]:
     """What it should reach, and whether it does."""
     found = []
-    for row in (row for name in LONG for row in of(rows, name)):
+    for row in (row for name in (*LONG, "d4-rotated") for row in of(rows, name)):
         points, title = row["blimp"]["less_than_dense"]["points"], TITLES[row["point"]]
         found.append([f"{title}: perplexity at most {PERPLEXITY_BAR:.2f} of the dense model's", f"{ratio(row):.4f}"])
         found[-1].append(verdict(ratio(row) <= PERPLEXITY_BAR))
@@ -164,7 +168,7 @@ def rate_lines(rows: Rows, name: str) -> list[str]:
 
 def energy_lines(rows: Rows) -> Iterator[list[str]]:
     """The three accountings of the longer run and of other ranges, by cost model."""
-    names = [name for name in (*LONG, "d1", "d2", "d4", "d8") if of(rows, name)]
+    names = [name for name in (*LONG, *RANGE) if of(rows, name)]
     for name in names:
         row = of(rows, name)[0]
         for accounting, found in row["energy"]["accountings"].items():
@@ -247,17 +251,7 @@ def readme(rows: Rows) -> str:
     found.append(["dense", f"{dense['text']['perplexity']:.2f}", "1", f"{100 * dense['blimp']['acc']:.2f}", "", ""])
     names = {"converted-signed-4": "D = 4, converted alone", **TITLES}
     names["converted-rotated-4"] = "D = 4, rotated, converted alone"
-    for name in (
-        "converted-signed-4",
-        "converted-rotated-4",
-        *LONG,
-        "d1",
-        "d2",
-        "d4",
-        "d8",
-        "d4-unsigned",
-        "d1-binary",
-    ):
+    for name in ("converted-signed-4", "converted-rotated-4", *LONG, *RANGE, "d4-unsigned", "d1-binary"):
         for row in of(rows, name)[:1]:
             less = next(iter(row["energy"]["accountings"].values()))["estimates"]["45nm-fp32"]["times_less"]
             cells = [f"{row['text']['perplexity']:.2f}", f"{ratio(row):.3f}", f"{100 * row['blimp']['acc']:.2f}"]
