@@ -29,7 +29,7 @@ from method_runs import WINDOW, folder_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spikeform
-from spikeform.training.preference import PairOptions, Pairs, PreferOptions, prefer, preference_pairs, rank
+from spikeform.training.preference import PairOptions, Pairs, PreferOptions, load_pairs, prefer, preference_pairs, rank
 from spikeform.training.preference.measures import mcnemar, measure
 
 METHODS = ("dpo", "kto")
@@ -47,6 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--sft", type=float, default=1.0, help="of dpo: weight of the chosen responses' cross entropy")
     parser.add_argument("--compensation", type=float, default=0.0, help="weight of the neurons' gradient compensation")
+    parser.add_argument("--made", type=Path, help="folder of pairs that were made before (Pairs.save)")
     parser.add_argument("--prompts", choices=("own", "text"), default="own")
     parser.add_argument("--chosen", choices=("sampled", "text"), default="sampled")
     parser.add_argument("--temperature", type=float, default=0.9, help="of chosen responses")
@@ -79,11 +80,12 @@ def interpolated(
 ) -> list[dict[str, Any]]:
     """What models between the checkpoint and the tuned one do; the tuned one is as it was afterwards."""
     tuned = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    found = []
+    found: list[dict[str, Any]] = []
     for part in parts:
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
                 tensor.copy_(start[name].lerp(tuned[name], part))
+        again: Any
         again, after = measure(model, pairs, texts["tokenizer"], texts["held"], *sizes)
         found.append({"part": part, "metrics": after, "mcnemar": mcnemar(ranked.wins(False), again.wins(False))})
         found[-1]["perplexity_ratio"] = after["perplexity"] / before["perplexity"]
@@ -136,6 +138,22 @@ def run(arguments: argparse.Namespace, method: str, rate: float, pairs: Pairs, t
     }
 
 
+def made(arguments: argparse.Namespace, dense: Any, tokenizer: Any, data: Path) -> Pairs:
+    """Pairs as the options say."""
+    options = PairOptions(
+        count=arguments.pairs,
+        prompt_tokens=arguments.prompt_tokens,
+        response_tokens=arguments.response_tokens,
+        chosen=arguments.chosen,
+        temperature=arguments.temperature,
+        held_out=arguments.held_out,
+        batch_size=min(512, arguments.pairs),
+        seed=arguments.seed,
+    )
+    documents = list(text.training_documents(data)) if arguments.prompts == "text" else None
+    return preference_pairs(dense, tokenizer, documents, options)
+
+
 def main() -> None:
     """Run every method at every rate that the file lacks."""
     arguments = parse()
@@ -151,18 +169,7 @@ def main() -> None:
     }
     dense = AutoModelForCausalLM.from_pretrained(folder).to(arguments.device).eval()
     begin = time.monotonic()
-    made = PairOptions(
-        count=arguments.pairs,
-        prompt_tokens=arguments.prompt_tokens,
-        response_tokens=arguments.response_tokens,
-        chosen=arguments.chosen,
-        temperature=arguments.temperature,
-        held_out=arguments.held_out,
-        batch_size=min(512, arguments.pairs),
-        seed=arguments.seed,
-    )
-    documents = list(text.training_documents(data)) if arguments.prompts == "text" else None
-    pairs = preference_pairs(dense, tokenizer, documents, made)
+    pairs = load_pairs(arguments.made, tokenizer) if arguments.made else made(arguments, dense, tokenizer, data)
     print(f"{len(pairs.train)} + {len(pairs.held_out)} pairs after {time.monotonic() - begin:.0f} s", flush=True)
     protocol = (
         f"{len(pairs.train)} pairs to learn from, {len(pairs.held_out)} of other prompts to measure on; text: "

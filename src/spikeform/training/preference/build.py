@@ -77,7 +77,10 @@ def preference_pairs(
 def _windows(model: Any, tokenizer: Any, texts: Sequence[str] | None, options: PairOptions) -> Tensor:
     """``[count, L]``: disjoint windows of prompts, and of what follows them where that is the response."""
     if texts is None:
-        return sample(model, options.count, options.prompt_tokens, options.seed).cpu()
+        starts = range(0, options.count, options.batch_size)
+        sizes = [min(options.batch_size, options.count - start) for start in starts]
+        parts = [sample(model, n, options.prompt_tokens, options.seed + i).cpu() for i, n in enumerate(sizes)]
+        return torch.cat(parts)
     length = options.prompt_tokens + (options.response_tokens if options.chosen == "text" else 0)
     rows = [torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
     found = [row[: len(row) // length * length].view(-1, length) for row in rows if len(row) >= length]
