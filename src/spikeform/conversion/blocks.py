@@ -34,16 +34,19 @@ class Block:
     calls: list[tuple[tuple, dict]]
 
     def run(self, hidden: Tensor, call: tuple[tuple, dict]) -> Tensor:
-        """The block's output ``[B, L, D]`` for one batch."""
-        out = self.module(hidden, *call[0], **call[1])
-        return out[0] if isinstance(out, tuple) else out
+        """The block's output ``[B, L, D]`` for one batch, on the device where ``hidden`` is kept."""
+        parameter = next(self.module.parameters(), hidden)
+        out = self.module(hidden.to(parameter.device), *call[0], **call[1])
+        return (out[0] if isinstance(out, tuple) else out).to(hidden.device)
 
     def run_all(self, hidden: list[Tensor]) -> list[Tensor]:
         """The same for every batch."""
         return [self.run(h, call) for h, call in zip(hidden, self.calls, strict=True)]
 
 
-def capture(model: PreTrainedModel, batches: list[Tensor], found: list[Block], recorder: Any) -> list[Tensor]:
+def capture(
+    model: PreTrainedModel, batches: list[Tensor], found: list[Block], recorder: Any, device: str | None = None
+) -> list[Tensor]:
     """Run the model with analog neurons; keep block 0's inputs, and each block's other arguments.
 
     Args:
@@ -51,6 +54,7 @@ def capture(model: PreTrainedModel, batches: list[Tensor], found: list[Block], r
         batches: Token ids ``[N, L]`` each.
         found: The model's blocks; their ``calls`` are filled.
         recorder: Shown what neurons see meanwhile (see :func:`spikeform.neurons.recording`).
+        device: Where inputs are kept; None: where the block is.
 
     Returns:
         Block 0's input for each batch.
@@ -63,20 +67,20 @@ def capture(model: PreTrainedModel, batches: list[Tensor], found: list[Block], r
             x, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             block.calls.append((rest, kwargs))
             if first:
-                hidden.append(x)
+                hidden.append(x.to(device))
 
         return hook
 
     handles = [
         b.module.register_forward_pre_hook(keep(b, i == 0), with_kwargs=True, prepend=True) for i, b in enumerate(found)
     ]
-    device = model.get_input_embeddings().weight.device
+    home = model.get_input_embeddings().weight.device
     # With a cache the blocks would be run twice on it: once here, once when they are calibrated.
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     try:
         with recording(recorder):
             for ids in batches:
-                model(input_ids=ids.to(device), **extra)
+                model(input_ids=ids.to(home), **extra)
     finally:
         for handle in handles:
             handle.remove()

@@ -88,14 +88,16 @@ def calibrate(
         found = [Block(name, module, []) for name, module in blocks(model)]
         inside = {n for block in found for n in block.module.modules() if isinstance(n, ThresholdNeuron)}
         outside = Statistics()
-        hidden = capture(model, batches, found, lambda n, x: None if n in inside else outside(n, x))
+        # Kept in the host's memory: what a device holds beside the model is one window's activations.
+        hidden = capture(model, batches, found, lambda n, x: None if n in inside else outside(n, x), "cpu")
         settle(outside)
         for index, block in enumerate(found):
             kept = store.restore(index) if store is not None else None
             if kept is None:
                 statistics = Statistics()
                 with recording(statistics):
-                    block.run_all(hidden)
+                    for x, call in zip(hidden, block.calls, strict=True):
+                        block.run(x, call)
                 before = dict(saturation)
                 settle(statistics)
                 if store is not None:
@@ -103,7 +105,8 @@ def calibrate(
             else:
                 _put_back(block, kept[0])
                 saturation.update(kept[1])
-            hidden = block.run_all(hidden)
+            for i, call in enumerate(block.calls):
+                hidden[i] = block.run(hidden[i], call)
             if progress is not None:
                 progress(index + 1, len(found))
     model.train(training)
