@@ -84,8 +84,9 @@ class Case:
         """The layer's parameters as the kernels take them."""
         spiking = self.layer
         if self.kind == "gif":
+            query, key, value = (n.tables().multiple for n in (spiking.query, spiking.key, spiking.value))
             return Counts(
-                spiking.key.tables().multiple, spiking.value.tables().multiple, spiking.probability.coding.limit
+                query, key, value, spiking.probability.coding.limit, spiking.query.levels, spiking.query.steps
             )
         neurons = spiking.query, spiking.key, spiking.value, spiking.probability
         coding, bank = spiking.query.coding, (spiking.exp.coding.steps, True, spiking.exp.low, spiking.exp.high)
@@ -99,7 +100,7 @@ class Case:
         batch, heads, length, size = q.shape
         out = torch.empty((batch, length, heads, size), dtype=q.dtype, device=q.device)
         rows, units = dense(q), None
-        if self.kind == "gif":
+        if self.kind == "gif" and (spiking.signs is not None or length > attention.FEW):
             tables = spiking.query.tables()
             rows, units = encode_gif(rows, spiking.signs, tables.multiple, spiking.query.levels, spiking.query.steps)
         attend = decode.attend if length <= attention.FEW else prefill.attend

@@ -170,8 +170,8 @@ def run_gif(spiking, case, k, v):
 @fused
 @pytest.mark.parametrize(
     ("length", "keys", "size", "steps", "signs", "padding"),
-    [(1, 40, 16, 2, True, 5), (1, 21, 32, 1, False, None), (3, 33, 24, 2, True, 5), (17, 40, 16, 2, False, 30),
-     (17, 20, 24, 1, True, None)],
+    [(1, 40, 16, 2, True, 5), (1, 21, 32, 1, False, None), (3, 33, 24, 2, True, 5), (3, 33, 24, 2, False, 5),
+     (17, 40, 16, 2, False, 30), (17, 20, 24, 1, True, None)],
 )  # fmt: skip
 def test_gif(length, keys, size, steps, signs, padding):
     case = Case(length, keys, size, padding=padding)

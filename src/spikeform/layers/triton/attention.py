@@ -80,8 +80,11 @@ def gif_attention(
     peak: int,
 ) -> Tensor:
     """Attention with GIF populations; see :mod:`spikeform.layers.fused`. Multiples say what the largest codes are."""
+    rule = Counts(q_multiple, k_multiple, v_multiple, peak, levels, q_steps)
+    if signs is None and q.shape[2] <= FEW:  # few enough for each program to encode its own
+        return _attend(dense(q), None, k, v, mask, scaling, rule, q)
     codes, units = encode_gif(dense(q), signs, q_multiple, levels, q_steps)
-    return _attend(codes, units, k, v, mask, scaling, Counts(k_multiple, v_multiple, peak), q)
+    return _attend(codes, units, k, v, mask, scaling, rule, q)
 
 
 def _attend(

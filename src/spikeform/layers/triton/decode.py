@@ -155,6 +155,7 @@ def _scores(
     m_s,
     WORD: tl.constexpr,
     OAT: tl.constexpr,
+    ENCODE: tl.constexpr,
     TWO_Q: tl.constexpr,
     TWO_K: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -189,10 +190,18 @@ def _scores(
         there = live[:, None] & inside[None, :]
         at_query = q + batch * q_b + head[:, None] * q_h + query[:, None] * q_l + e[None, :]
         v = tl.load(at_query, there, other=0).to(tl.float32)
+        of_row = tl.zeros((HIGH,), tl.float32)  # GIF's units
         if OAT:
             threshold0, threshold1, unit0, unit1 = units_of(query_threshold, resolution, TWO_Q)
             code, outlier = codes.oat_code(v, threshold0, threshold1, unit0, unit1, limit, TWO_Q, ROUNDING)
             v = codes.oat_value(code, outlier, unit0, unit1, TWO_Q)
+        elif ENCODE:  # the limit is the levels, the resolution the steps
+            low, high = tl.minimum(tl.min(v, 1), 0.0), tl.maximum(tl.max(v, 1), 0.0)
+            of_row = codes.gif_unit(low, high, limit, resolution)
+            times = tl.load(query_threshold + e, inside, other=1.0)[None, :]
+            v = codes.gif_integer(v, low[:, None], of_row[:, None], times, limit, resolution)
+        else:
+            of_row = tl.load(q_unit + (batch * heads + head) * length + query, live, other=0.0)
         start = batch * (k_b * WORD) + group * (k_g * WORD)
         at_key = k + start + key[:, None].to(tl.int64) * (k_s * WORD) + e[None, :]
         packed = tl.load(at_key, (key < keys)[:, None] & inside[None, :], other=0).to(tl.int32)
@@ -202,7 +211,6 @@ def _scores(
         value = _value(packed, key_threshold, factor, resolution, OAT, TWO_K)
         found = tl.sum(value * tl.reshape(v, (1, E)), 1)[None, :] if HIGH == 1 else _product(v, tl.trans(value), HIGH)
         if not OAT:
-            of_row = tl.load(q_unit + (batch * heads + head) * length + query, live, other=0.0)
             of_key = tl.load(k_unit + batch * ku_b + group * ku_g + key * ku_s, key < keys, other=0.0)
             found *= of_row[:, None]
             found *= of_key[None, :]
@@ -473,12 +481,12 @@ def attend(
 
     Args:
         q: ``[B, H, L, E or more]``, the last axis dense: real, or integers of the unit ``q_unit`` ``[B, H, L]``.
-        q_unit: None for real queries.
+        q_unit: None for real queries, which ``rule`` encodes.
         k: Cached keys.
         v: Cached values.
         mask: Who sees what.
         scaling: Factor of the scores.
-        rule: What encodes: :class:`Populations` of real queries, :class:`Counts` of integers.
+        rule: What encodes.
         size: E.
         out: Contiguous; where there is a line it only says what shape and dtype the result would have.
         form: Sizes; None: what suits.
@@ -504,8 +512,8 @@ def attend(
         bank = {"BITS": rule.bits, "NEAREST": rule.nearest}
         top, floor = rule.top, rule.floor
     else:
-        of_query, of_key, of_value, of_probability = rule.key, rule.key, rule.value, rule.key
-        limit, resolution, rounding, top, floor = 0, 1.0, 0, 0.0, 0.0
+        of_query, of_key, of_value, of_probability = rule.query, rule.key, rule.value, rule.key
+        limit, resolution, rounding, top, floor = rule.levels, float(rule.steps), 0, 0.0, 0.0
         bank = {"BITS": 0, "NEAREST": True}
     of = of_query, of_key, of_value, of_probability
     two = {f"TWO_{n}": oat and len(t) == 2 for n, t in zip("QKVP", of, strict=True)}
@@ -517,7 +525,7 @@ def attend(
         _scores, (blocks, pairs, splits), q, q_unit, k.codes, k.units, v.units, mask.values, scores, peaks, units,
         of_query, of_key, of_key, mask.least, scaling, limit, resolution, heads, groups, length, keys,
         *q.stride()[:3], *k.places, *k.unit_places, *v.unit_places, *mask.places, WORD=k.word, TWO_Q=two["TWO_Q"],
-        TWO_K=two["TWO_K"], MASKED=mask.values is not None, E=padded(size), **sizes,
+        TWO_K=two["TWO_K"], MASKED=mask.values is not None, ENCODE=not oat and q_unit is None, E=padded(size), **sizes,
     )  # fmt: skip
     run(
         _context, (cdiv(size, form.channels) * parts, pairs, splits), scores, peaks, units, v.codes, sums, of_value,

@@ -117,14 +117,20 @@ class Counts(NamedTuple):
     """GIF populations of an attention layer: what channels' units are in their tokens' common ones.
 
     Args:
+        query: fp32 ``[E]``.
         key: fp32 ``[G, 1, E]``.
         value: Likewise.
         peak: The largest code of a probability.
+        levels: L of queries.
+        steps: T of their longest sub-neuron.
     """
 
+    query: Tensor
     key: Tensor
     value: Tensor
     peak: int
+    levels: int
+    steps: int
 
 
 def _three(x: Tensor) -> tuple[int, int, int]:
