@@ -11,8 +11,10 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.lowering import lowerings
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import spikeform
 from kernels import DEVICE, INTERPRETED, fused, let_bounds_be_scalars, needs_triton, not_interpreted, on_the_interpreter
@@ -149,8 +151,9 @@ def test_codes_of_what_is_made(parts, rounding, width, centred):
 @fused
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("size", [40, 64])
+@pytest.mark.parametrize("heads", [0, 3, 6], ids=["as it is", "turned", "turned, groups"])
 @torch.no_grad()
-def test_a_token_is_appended(size, dtype):
+def test_a_token_is_appended(heads, size, dtype):
     from spikeform.layers.triton.append import gif_append, oat_append
     from spikeform.neurons.triton.gif import gif_pack
     from spikeform.neurons.triton.oat import oat_pack
@@ -159,21 +162,37 @@ def test_a_token_is_appended(size, dtype):
     value = random(2, 3, 1, size, seed=1, dtype=dtype)
     place = torch.tensor([4], device=DEVICE)
 
+    query = random(2, 1, heads, size, seed=2, dtype=dtype).transpose(1, 2)
+    angle = torch.arange(size // 2).repeat(2) * 0.1 + 0.3
+    turn = [f(angle).to(DEVICE, dtype).view(1, 1, size) for f in (torch.cos, torch.sin)]
+    turned, key_turned = apply_rotary_pos_emb(query, key, *turn) if heads else (None, key)
+
     def check(append, packed, *how):
         caches = [x.new_full((2, 3, 7, x.shape[3]), 3) for x in packed]
         wanted = [cache.clone().index_copy_(2, place, x) for cache, x in zip(caches, packed, strict=True)]
-        append(*caches, place, key, value, *how)
+        given = (query, *(x[None] for x in turn)) if heads else ()
+        found = append(*caches, place[0] if heads else place, key, value, *how, *given)
         assert all(torch.equal(a, b) for a, b in zip(wanted, caches, strict=True))
+        assert found is turned or torch.equal(found, turned)
 
     for limit, outlier in ((2**12 - 1, True), (2**16 - 1, False)):
         thresholds = [torch.tensor([t, 31.0][: 1 + outlier], device=DEVICE) for t in (1.1, 2.3)]
         how = limit, limit + 1, 0
-        check(
-            oat_append, [oat_pack(x, t, *how) for x, t in zip((key, value), thresholds, strict=True)], *thresholds, *how
-        )
+        packed = [oat_pack(x, t, *how) for x, t in zip((key_turned, value), thresholds, strict=True)]
+        check(oat_append, packed, *thresholds, *how)
     multiples = [(1.0 + (torch.arange(3 * size) % n > 0)).view(3, 1, size).to(DEVICE) for n in (2, 3)]
-    packed = [gif_pack(x, m, m, 15, 2) for x, m in zip((key, value), multiples, strict=True)]
+    packed = [gif_pack(x, m, m, 15, 2) for x, m in zip((key_turned, value), multiples, strict=True)]
     check(gif_append, packed, *multiples, 15, 2, 2)
+
+
+@fused
+@torch.no_grad()
+def test_lengths_move_on():
+    from spikeform.layers.triton.append import advance
+
+    lengths = [torch.tensor(n, device=DEVICE) for n in (3, 2**40, 0)]
+    advance(lengths, 1)
+    assert [int(n) for n in lengths] == [4, 2**40 + 1, 1]
 
 
 def converted(method, **settings):
@@ -216,7 +235,8 @@ def test_a_compiled_step(method, settings):
             seen.append(operators(module.graph))
             return make_boxed_func(module.forward)
 
-        return aot_autograd(fw_compiler=compiled, keep_inference_input_mutations=True)  # as Inductor has it
+        as_inductor = {"decompositions": select_decomp_table(), "keep_inference_input_mutations": True}
+        return aot_autograd(fw_compiler=compiled, **as_inductor)
 
     logits, caches = [], []
     for together in (False, True):
@@ -229,9 +249,9 @@ def test_a_compiled_step(method, settings):
     apart, whole = seen  # each compiled once, for both tokens
     assert apart["row_product"] == 0
     assert whole["row_product"] == 4  # q, k, v; o; gate, up; down
-    las = {"row_norm": 2, "row_gated": 1, "row_attention": 1, "oat_append": 1, "hg_norm": 1}
-    made = las if method == "LAS" else {"row_gif": 4, "gif_append": 1, "gif_attention": 1}
-    assert whole == Counter(row_product=4, **made)
+    las = {"row_norm": 2, "row_gated": 1, "row_attention": 1, "oat_append_turned": 1, "hg_norm": 1}
+    gif = {"row_norm_gif": 2, "row_gated_gif": 1, "row_gif": 1, "gif_append_turned": 1, "gif_attention": 1}
+    assert whole == Counter(row_product=4, advance=1, **(las if method == "LAS" else gif))
     assert torch.allclose(torch.cat(logits[0]), torch.cat(logits[1]), atol=1e-3, rtol=1e-3)
     assert (caches[0] != caches[1]).float().mean() < 0.01
 

@@ -71,16 +71,32 @@ row_attention = define(
     *["spikeform.layers.triton.attention:row_attention"] * 2,
 )
 # What attention's neurons pack of one token's keys and values [B, G, 1, E], written into caches [B, G, S, ...] at
-# ``place`` int64 [1]; limit, resolution and rounding, or levels, are those of both.
-oat_append = define(
-    "oat_append(Tensor(a!) keys, Tensor(b!) values, Tensor place, Tensor key, Tensor value, Tensor key_threshold,"
-    " Tensor value_threshold, int limit, int resolution, int rounding) -> ()",
-    lambda *_: None,
-    *["spikeform.layers.triton.append:oat_append"] * 2,
-)
-gif_append = define(
-    "gif_append(Tensor(a!) keys, Tensor(b!) values, Tensor place, Tensor key, Tensor value, Tensor key_multiple,"
-    " Tensor value_multiple, int levels, int key_steps, int value_steps) -> ()",
-    lambda *_: None,
-    *["spikeform.layers.triton.append:gif_append"] * 2,
+# ``place`` int64 [1] or []; limit, resolution and rounding, or levels, are those of both. ``turned``: key and query
+# [B, H, 1, E] are turned by cos and sin [B or 1, 1, 1, E] first (rotary embedding by halves); the query is given back.
+_CACHES = "Tensor(a!) keys, Tensor(b!) values, Tensor place"
+_OAT = "Tensor key_threshold, Tensor value_threshold, int limit, int resolution, int rounding"
+_GIF = "Tensor key_multiple, Tensor value_multiple, int levels, int key_steps, int value_steps"
+_TURN = "Tensor query, Tensor cos, Tensor sin"
+
+
+def _turned(*args: Tensor) -> Tensor:
+    query = args[-3]
+    return query.new_empty(query.shape)
+
+
+def _append(name: str, given: str, turned: bool):
+    home = f"spikeform.layers.triton.append:{name}"
+    schema = f"{_CACHES}, Tensor key, Tensor value, {given}"
+    if turned:
+        return define(
+            f"{name}_turned({schema}, {_TURN}) -> Tensor", lambda *x: x[-3].new_empty(x[-3].shape), home, home
+        )
+    return define(f"{name}({schema}) -> ()", lambda *_: None, home, home)
+
+
+oat_append, oat_append_turned = (_append("oat_append", _OAT, turned) for turned in (False, True))
+gif_append, gif_append_turned = (_append("gif_append", _GIF, turned) for turned in (False, True))
+# Adds to integers [], each a tensor of its own.
+advance = define(
+    "advance(Tensor(a!)[] counters, int by) -> ()", lambda *_: None, *["spikeform.layers.triton.append:advance"] * 2
 )

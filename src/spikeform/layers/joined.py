@@ -5,7 +5,8 @@ decodes token by token is a chain of such calls, and what lies between the produ
 them. A pass over the graph that ``torch.compile`` made (Inductor, on a GPU) sees what a layer cannot:
 
 - products of one row and of one kind become one encoder and one product of several matrices;
-- a norm of spikes, a gate times its other factor, or attention, that goes nowhere else encodes what it leaves;
+- a norm, a gate times its other factor, or attention, that goes nowhere else encodes what it leaves: of spikes, or
+  plain ones before GIF neurons;
 - where the next thing is such a norm, a residual is added by the product;
 - keys and values of one token are encoded and put into their cache by one operator.
 
@@ -24,8 +25,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._ops import OpOverload
 from torch.fx import Graph
 
-from spikeform.layers import joined_cache, nodes
+from spikeform.layers import joined_cache, joined_plain, nodes
 from spikeform.layers.joined_cache import join_caches
+from spikeform.layers.joined_plain import Made, plain
 from spikeform.layers.nodes import DEFINED, OPS, Node, call, value
 from spikeform.native.operators import NAMESPACE
 from spikeform.synapses.rows import limbs_of
@@ -127,13 +129,17 @@ class Joined(CustomGraphPass):
             if not group or all(_early(x, group[0].node, order) for x in (*found.neuron, *found.weight)):
                 group.append(found)
         join_caches(graph)
+        made = [_made(group[0].x, group) for group in groups.values()]
+        normed = {found.source[0] for found in made if found and found.encoder is OPS.row_norm_gif.default}
         for group in groups.values():
-            _join(graph, group, order)
+            _join(graph, group, order, normed)
         _known(graph)
 
     def uuid(self) -> bytes:
         """Graphs that were compiled with this pass are kept apart from others."""
-        return get_hash_for_files((__file__, *(module.__file__ for module in (*DEFINED, joined_cache, nodes))))
+        return get_hash_for_files(
+            (__file__, *(module.__file__ for module in (*DEFINED, joined_cache, joined_plain, nodes)))
+        )
 
 
 def _early(node: Node | None, first: Node, order: dict[Node, int]) -> bool:
@@ -152,17 +158,17 @@ def _hoist(node: Node | None, first: Node, order: dict[Node, int]) -> None:
     order[node] = order[first] - 1
 
 
-def _join(graph: Graph, group: list[Product], order: dict[Node, int]) -> None:
+def _join(graph: Graph, group: list[Product], order: dict[Node, int], normed: set[Node]) -> None:
     first, x = group[0], group[0].node.args[0]  # as it is now: it may have been put together itself
     for member in group[1:]:
         for node in (*member.neuron, *member.weight):
             _hoist(node, first.node, order)
     lists = [[p.neuron[i] for p in group if p.neuron[i] is not None] for i in range(len(first.neuron))]
     matrices = [[p.weight[i] for p in group if p.weight[i] is not None] for i in range(4)]
-    residual, total = _residual(group, order)
+    residual, total = _residual(group, order, normed)
     encoder, source, made = first.encoder, (x,), _made(x, group)
     if made is not None:
-        encoder, source = PRODUCERS[made.target], made.args
+        encoder, source = made.encoder, made.source
     y = value(first.node)
     last = residual, y.dtype, list(y.shape[:-1]), *first.sums
     with graph.inserting_before(first.node):
@@ -177,25 +183,32 @@ def _join(graph: Graph, group: list[Product], order: dict[Node, int]) -> None:
             graph.erase_node(total)
         graph.erase_node(member.node)
     if made is not None:
-        for node in dict.fromkeys((x, made)):  # the view of it, if there is one, and it
+        for node in made.nodes:
             graph.erase_node(node)
 
 
-def _made(x: Node, group: list[Product]) -> Node | None:
+def _made(x: Node, group: list[Product]) -> Made | None:
     """What makes the row ``x`` for these products alone, and can encode it; or None."""
+    if set(x.users) != {p.node for p in group}:
+        return None
+    if group[0].encoder is OPS.row_gif.default:
+        return plain(x)
     made = x.args[0] if x.target in VIEWS and len(x.args[0].users) == 1 else x
-    if made.target not in PRODUCERS or group[0].encoder is not OPS.row_oat.default:
+    if made.target not in PRODUCERS or made.kwargs:
         return None
-    if set(x.users) != {p.node for p in group} or made.kwargs:
+    if made.target is OPS.oat_attention.default:
+        if len(group) > 1 or group[0].neuron[1] is not None or not value(made).numel() == value(x).numel() > 0:
+            return None
+    elif x is not made:
         return None
-    if made.target is not OPS.oat_attention.default:
-        return made if x is made else None
-    plain = len(group) == 1 and group[0].neuron[1] is None and value(made).numel() == value(x).numel() > 0
-    return made if plain else None
+    return Made(PRODUCERS[made.target], made.args, [*dict.fromkeys((x, made))])  # a view of it, if any, before it
 
 
-def _residual(group: list[Product], order: dict[Node, int]) -> tuple[Node | None, Node | None]:
-    """What is added to the only product, and the sum: where a norm follows, and no other kernel would add it."""
+def _residual(group: list[Product], order: dict[Node, int], normed: set[Node]) -> tuple[Node | None, Node | None]:
+    """What is added to the only product, and the sum: where a norm follows, and no other kernel would add it.
+
+    ``normed``: what plain norms meet that encode.
+    """
     node = group[0].node
     if len(group) > 1 or len(node.users) > 1:
         return None, None
@@ -204,7 +217,7 @@ def _residual(group: list[Product], order: dict[Node, int]) -> tuple[Node | None
         return None, None
     other = total.args[1] if total.args[0] is node else total.args[0]
     same = {(value(n).shape, value(n).dtype) for n in (node, other, total)}
-    norm = any(user.target is OPS.hg_norm.default for user in total.users)
+    norm = total in normed or any(user.target is OPS.hg_norm.default for user in total.users)
     return (other, total) if norm and len(same) == 1 and order[other] < order[node] else (None, None)
 
 

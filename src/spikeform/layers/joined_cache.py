@@ -1,4 +1,8 @@
-"""Keys and values of one decoded token on their way into a cache, in a compiled graph: by one operator."""
+"""Keys and values of one decoded token on their way into a cache, in a compiled graph: by one operator.
+
+It turns them by their position too (rotary embedding), and the query with them; and the lengths of all layers' caches
+move on in one operator.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +14,20 @@ from torch.fx import Graph
 from spikeform.layers import nodes
 from spikeform.layers.nodes import OPS, Node, call, value
 
-COPY = torch.ops.aten.copy_.default
-PUT, COPIED = torch.ops.aten.index_put.default, torch.ops.aten.index_copy.default  # with decompositions, and without
-# By an attention: what packs its keys and values, the operator that puts both into a cache, and which arguments that
-# takes of the two that pack.
+ATEN = torch.ops.aten
+COPY = ATEN.copy_.default
+PUT, COPIED = ATEN.index_put.default, ATEN.index_copy.default  # with decompositions, and without
+# By an attention: what packs its keys and values, the operators that put both into a cache (as they are, and turned),
+# and which arguments these take of the two that pack.
 APPENDS = {
     OPS.oat_attention.default: (
         OPS.oat_pack.default,
-        OPS.oat_append.default,
+        (OPS.oat_append.default, OPS.oat_append_turned.default),
         lambda k, v: (k[1], v[1], *k[2:]) if k[2:] == v[2:] else None,
     ),
     OPS.gif_attention.default: (
         OPS.gif_pack.default,
-        OPS.gif_append.default,
+        (OPS.gif_append.default, OPS.gif_append_turned.default),
         lambda k, v: (k[2], v[2], k[3], k[4], v[4]) if k[3] == v[3] else None,
     ),
 }
@@ -33,6 +38,7 @@ def join_caches(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.target in APPENDS:
             _append(graph, node)
+    _advance(graph)
 
 
 class Put(NamedTuple):
@@ -69,6 +75,51 @@ def _put(node: Any, attention: Node, pack: Any) -> Put | None:
     return Put(cache, spot, packed, node, copies[0])
 
 
+class Turn(NamedTuple):
+    """``x cos + (-second half, first half) sin`` of heads ``[B, H, 1, E]``: nodes."""
+
+    x: Node
+    cos: Node
+    sin: Node
+
+
+def _turn(node: Any) -> Turn | None:
+    """How ``node`` is turned by its position (rotary embedding by halves), or None."""
+    if not _is(node, ATEN.add.Tensor) or not all(_is(x, ATEN.mul.Tensor) for x in node.args):
+        return None
+    (x, cos), (halves, sin) = node.args[0].args, node.args[1].args
+    if not _is(halves, ATEN.cat.default) or len(halves.args[0]) != 2 or halves.args[1:] not in ((-1,), (3,)):
+        return None
+    second, first = halves.args[0]
+    if not _is(second, ATEN.neg.default):
+        return None
+    size = value(x).shape[-1]
+    for part, begin, end in ((second.args[0], size // 2, size), (first, 0, size // 2)):
+        if not _is(part, ATEN.slice.Tensor) or part.args[0] is not x or len(part.args) != 4:
+            return None
+        if part.args[1] not in (3, -1) or part.args[2] != begin or min(part.args[3], size) != end:
+            return None
+    given = value(x), value(cos), value(sin)
+    whole = given[0].ndim == 4 and size % 2 == 0 and len({t.dtype for t in (*given, value(node))}) == 1
+    of_all = (1, 1, size), (given[0].shape[0], 1, 1, size)
+    fits = all(t.shape in ((1, *of_all[0]), of_all[1]) and t.stride(3) == 1 for t in given[1:])
+    return Turn(x, cos, sin) if whole and fits else None
+
+
+def _is(node: Any, target: Any) -> bool:
+    return getattr(node, "target", None) is target and not node.kwargs
+
+
+def _spot(place: Node) -> Node:
+    """Where ``place`` int64 ``[1]`` comes from, if that is a number as it is: the first of a count from 0, and it."""
+    if _is(place, ATEN.add.Tensor) and len(place.args) == 2:
+        count, start = place.args
+        counts = getattr(count, "target", None) is torch.ops.prims.iota.default and count.args == (1,)
+        if counts and count.kwargs.get("start") == 0 and value(start).shape == () and value(start).dtype == torch.int64:
+            return start
+    return place
+
+
 def _append(graph: Graph, attention: Node) -> None:
     """One operator for keys and values, before ``attention``, which then reads the cache itself."""
     pack, append, both = APPENDS[attention.target]
@@ -78,10 +129,54 @@ def _append(graph: Graph, attention: Node) -> None:
     how = both(keys.pack.args, values.pack.args)
     if how is None or value(keys.pack.args[0]).shape != value(values.pack.args[0]).shape:
         return
+    query, key = _turn(attention.args[0]), _turn(keys.pack.args[0])
+    turns = query is not None and key is not None and _same(query, key) and set(attention.args[0].users) == {attention}
+    given = (key.x if turns else keys.pack.args[0]), values.pack.args[0]
+    args = keys.cache, values.cache, _spot(keys.place), *given, *how
     with graph.inserting_before(attention):
-        given = keys.pack.args[0], values.pack.args[0]
-        call(graph, append, (keys.cache, values.cache, keys.place, *given, *how))
+        put = call(graph, append[turns], (*args, *query) if turns else args)
+    if turns:
+        left = attention.args[0]
+        attention.replace_input_with(left, put)
+        _erase(graph, left)
     for found in (keys, values):
         attention.replace_input_with(found.put, found.cache)
-        for node in (found.copy, found.put, found.pack):
-            graph.erase_node(node)
+        _erase(graph, found.copy)
+
+
+def _erase(graph: Graph, node: Node) -> None:
+    """``node``, and what was there for it alone."""
+    if node.users or node.op != "call_function":
+        return
+    before = node.all_input_nodes
+    graph.erase_node(node)
+    for x in before:
+        if not x._erased:
+            _erase(graph, x)
+
+
+def _same(query: Turn, key: Turn) -> bool:
+    """Whether both are turned alike: their cos and sin may be views of one tensor."""
+    base = [[x.args[0] if _is(x, ATEN.unsqueeze.default) else x for x in turn[1:]] for turn in (query, key)]
+    of = value(query.x), value(key.x)
+    return base[0] == base[1] and of[0].dtype == of[1].dtype and of[0].shape[::2] == of[1].shape[::2]
+
+
+def _advance(graph: Graph) -> None:
+    """One operator for all numbers that the graph counts up by the same step in their places."""
+    found: dict[int, list[Node]] = {}
+    for node in graph.nodes:
+        if node.target is not COPY or node.users or len(node.args) != 2:
+            continue
+        counter, more = node.args
+        if counter.op != "placeholder" or not _is(more, ATEN.add.Tensor) or more.args[0] is not counter:
+            continue
+        number = value(counter)
+        alone = set(more.users) == {node} and isinstance(more.args[1], int)
+        if alone and number.shape == () and number.dtype == torch.int64 and number.device.type in nodes.DEVICES:
+            found.setdefault(more.args[1], []).append(node)
+    for step, copies in found.items():
+        with graph.inserting_before(copies[-1]):
+            call(graph, OPS.advance.default, ([node.args[0] for node in copies], step))
+        for node in copies:
+            _erase(graph, node)

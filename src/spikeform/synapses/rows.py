@@ -45,8 +45,9 @@ def whole(words: int) -> int:
 
 SUMMED = 1024  # channels whose codes are summed together, of GIF neurons
 
-# Of those that encode a row: a schema.
+# Of those that encode a row: schemas.
 POPULATIONS = "Tensor[] thresholds, Tensor[] shifts, int limit, int resolution, int rounding, int parts"
+GROUPS = "Tensor[] multiples, int levels, int steps, bool packed"
 
 
 def _oat(x: Tensor, thresholds: Sequence[Tensor], shifts, limit: int, resolution, rounding, parts: int) -> Tensor:
@@ -54,16 +55,16 @@ def _oat(x: Tensor, thresholds: Sequence[Tensor], shifts, limit: int, resolution
     return x.new_empty((len(thresholds), words), dtype=torch.int32)
 
 
-def _after_norm(x: Tensor, *args) -> Tensor:
-    return _oat(x, *args[-6:])
-
-
-def _after_gate(gate: Tensor, up: Tensor, *args) -> Tensor:
-    return _oat(gate, *args[-6:])
+def _oat_made(x: Tensor, *args) -> Tensor:
+    return _oat(x, *args[-6:])  # as many as POPULATIONS has
 
 
 def _gif(x: Tensor, multiples: Sequence[Tensor], levels: int, steps: int, packed: bool) -> Tensor:
     return x.new_empty((len(multiples), words_of_gif(x.shape[-1])), dtype=torch.int32)
+
+
+def _gif_made(x: Tensor, *args) -> Tensor:
+    return _gif(x, *args[-4:])  # as many as GROUPS has
 
 
 def _products(codes, weights, scales, zeros, biases, residual, dtype, lead, branches, limbs) -> list[Tensor]:
@@ -77,18 +78,25 @@ row_norm = _define(
     "row_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, bool centred, float gain_offset, Tensor threshold,"
     " int own_limit, int own_resolution, int own_rounding, int bits, bool nearest, int low, int high,"
     f" {POPULATIONS}) -> Tensor",
-    _after_norm,
+    _oat_made,
     "produced",
 )
 # The same of spikeform::hg_gated(gate, up, ...).
 row_gated = _define(
     "row_gated(Tensor gate, Tensor up, str function, int bits, bool nearest, int low, int high, Tensor threshold,"
     f" int own_limit, int own_resolution, int own_rounding, {POPULATIONS}) -> Tensor",
-    _after_gate,
+    _oat_made,
     "produced",
 )
 # Codes of x through P groups of GIF neurons; ``packed``: for weights in nibbles.
-row_gif = _define("row_gif(Tensor x, Tensor[] multiples, int levels, int steps, bool packed) -> Tensor", _gif, "row")
+row_gif = _define(f"row_gif(Tensor x, {GROUPS}) -> Tensor", _gif, "row")
+# The same of an RMS norm, and of ``function(gate) * up``, which are no spikes: rounded as PyTorch rounds them.
+row_norm_gif = _define(
+    f"row_norm_gif(Tensor x, Tensor weight, float eps, {GROUPS}) -> Tensor", _gif_made, "produced_gif"
+)
+row_gated_gif = _define(
+    f"row_gated_gif(Tensor gate, Tensor up, str function, {GROUPS}) -> Tensor", _gif_made, "produced_gif"
+)
 # The products of codes, [*lead, N] each: see :func:`spikeform.synapses.triton.stream.row_product`.
 row_product = _define(
     "row_product(Tensor codes, Tensor[] weights, Tensor[] scales, Tensor[] zeros, Tensor[] biases, Tensor? residual,"

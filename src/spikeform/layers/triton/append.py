@@ -1,7 +1,9 @@
 """One token's keys and values, encoded and put into a cache that has room for them: one launch for both.
 
 A program has one head of one sequence, and its keys or its values. Codes are those of
-:mod:`spikeform.neurons.triton.oat` and :mod:`~spikeform.neurons.triton.gif`, as a cache holds them.
+:mod:`spikeform.neurons.triton.oat` and :mod:`~spikeform.neurons.triton.gif`, as a cache holds them. Where the launch
+has to turn queries and keys by their position (rotary embedding) first, other programs have the queries' heads. Each
+product and each sum of that is rounded to the dtype, as PyTorch does it.
 """
 
 from __future__ import annotations
@@ -12,10 +14,23 @@ import triton.language as tl
 from torch import Tensor
 
 from spikeform.layers.triton.operands import dense, pow2
-from spikeform.neurons.triton.codes import gif_integer, gif_unit, inverse_power, oat_code, to_integer
+from spikeform.neurons.triton.codes import gif_integer, gif_unit, inverse_power, oat_code, rounded, to_integer
 from spikeform.neurons.triton.gif import UNIT_BYTES
 from spikeform.synapses.triton.launch import meta
 from spikeform.synapses.triton.operands import await_inputs, oat_units, pick, release
+
+
+@triton.jit
+def _turned(x, v, e, inside, turn, batch, turn_b, SIZE: tl.constexpr):
+    """``v``, the head at ``x``, turned: ``v cos + (-second half, first half) sin``."""
+    first = e < SIZE // 2
+    other = tl.load(x + tl.where(first, e + SIZE // 2, e - SIZE // 2), inside, other=0.0).to(tl.float32)
+    cos = tl.load(turn[0] + batch * turn_b[0] + e, inside, other=0.0).to(tl.float32)
+    sin = tl.load(turn[1] + batch * turn_b[1] + e, inside, other=0.0).to(tl.float32)
+    real = x.dtype.element_ty
+    along = rounded(v * cos, real).to(tl.float32)
+    across = rounded(tl.where(first, -other, other) * sin, real).to(tl.float32)
+    return rounded(along + across, real).to(tl.float32)
 
 
 @triton.jit
@@ -24,10 +39,15 @@ def _append(
     caches,
     tables,
     place,
+    turn,
+    out_query,
     limit,
     resolution,
     steps,
+    heads,
     groups,
+    batches,
+    turn_b,
     given_b,
     given_g,
     cache_b,
@@ -37,41 +57,63 @@ def _append(
     TWO: tl.constexpr,
     ROUNDING: tl.constexpr,
     STEPPED: tl.constexpr,
+    TURN: tl.constexpr,
     SIZE: tl.constexpr,
     E: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Tuples have an entry for keys and one for values. ``limit`` of GIF neurons: levels."""
+    """Tuples have an entry for keys and one for values, ``given`` and its places a third for queries where TURN.
+
+    ``limit`` of GIF neurons: levels.
+    """
     release(OVERLAP)
     await_inputs(OVERLAP)
     which, pair = tl.program_id(1), tl.program_id(0)
-    batch, group = (pair // groups).to(tl.int64), (pair % groups).to(tl.int64)
     e = tl.arange(0, E)
     inside = e < SIZE
-    x = pick(given, which) + batch * pick(given_b, which) + group * pick(given_g, which)
-    v = tl.load(x + e, inside, other=0.0).to(tl.float32)
-    token = tl.load(place) * pick(cache_s, which)
-    out = pick(caches, which) + batch * pick(cache_b, which) + group * pick(cache_g, which) + token
-    table = pick(tables, which)
+    of = groups
+    if TURN:
+        of = tl.where(which == 2, heads, groups)
+    batch, head = (pair // of).to(tl.int64), (pair % of).to(tl.int64)
+    x = pick(given, which) + batch * pick(given_b, which) + head * pick(given_g, which)
+    here = inside & (batch + 0 * e < batches)  # where there are more queries' heads than keys'
+    v = tl.load(x + e, here, other=0.0).to(tl.float32)
+    if TURN:
+        v = tl.where(which == 1, v, _turned(x, v, e, here, turn, batch, turn_b, SIZE))
+        if which == 2:
+            tl.store(out_query + pair.to(tl.int64) * SIZE + e, v.to(out_query.dtype.element_ty), here)
+            here = e < 0
+    last = tl.minimum(which, 1)
+    token = tl.load(place) * pick(cache_s, last)
+    out = pick(caches, last) + batch * pick(cache_b, last) + head * pick(cache_g, last) + token
+    table = pick(tables, last)
     if OAT:
         one, two, unit0, unit1 = oat_units(table, resolution, TWO)
         code, outlier = oat_code(v, one, two, unit0, unit1, limit, TWO, ROUNDING)
         packed = code * 2.0
         if TWO:
             packed += tl.where(outlier, 1.0, 0.0)
-        tl.store(out + e, to_integer(packed, out.dtype.element_ty), inside)
+        tl.store(out + e, to_integer(packed, out.dtype.element_ty), here)
     else:
-        most = pick(steps, which)
+        most = pick(steps, last)
         low, high = tl.minimum(tl.min(v, 0), 0.0), tl.maximum(tl.max(v, 0), 0.0)
         unit = gif_unit(low, high, limit, most)
         times = v * 0.0 + 1.0
         if STEPPED:
-            times = tl.load(table + group * SIZE + e, inside, other=1.0)
+            times = tl.load(table + head * SIZE + e, here, other=1.0)
         code = gif_integer(v, low, unit, times, limit, most) * inverse_power(times)
-        tl.store(out + e, to_integer(code, tl.int8), inside)
+        tl.store(out + e, to_integer(code, tl.int8), here)
         byte = tl.arange(0, UNIT_BYTES)
         bits = (byte * 0 + unit.to(tl.int32, bitcast=True)) >> (8 * byte)
-        tl.store(out + SIZE + byte, bits.to(tl.int8))
+        tl.store(out + SIZE + byte, bits.to(tl.int8), (batch + 0 * byte < batches) & (which + 0 * byte < 2))
+
+
+@triton.jit
+def _advance(counters, by, OVERLAP: tl.constexpr):
+    release(OVERLAP)
+    await_inputs(OVERLAP)
+    own = pick(counters, tl.program_id(0))
+    tl.store(own, tl.load(own) + by)
 
 
 def oat_append(
@@ -85,10 +127,14 @@ def oat_append(
     limit: int,
     resolution: int,
     rounding: int,
-) -> None:
-    """Codes of multi-threshold populations; see :mod:`spikeform.layers.fused`."""
+    query: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor | None:
+    """Codes of multi-threshold populations; see :mod:`spikeform.layers.fused`. With ``query``, that is turned too."""
     how = {"OAT": True, "TWO": key_threshold.numel() == 2, "ROUNDING": rounding, "STEPPED": False}
-    _run(keys, values, place, key, value, (key_threshold, value_threshold), limit, resolution, (1, 1), how)
+    tables, turn = (key_threshold, value_threshold), (query, cos, sin)
+    return _run(keys, values, place, key, value, tables, limit, resolution, (1, 1), how, *turn)
 
 
 def gif_append(
@@ -102,28 +148,48 @@ def gif_append(
     levels: int,
     key_steps: int,
     value_steps: int,
-) -> None:
-    """Codes of GIF populations; see :mod:`spikeform.layers.fused`."""
+    query: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor | None:
+    """Codes of GIF populations; see :mod:`spikeform.layers.fused`. With ``query``, that is turned too."""
     steps = key_steps, value_steps
     how = {"OAT": False, "TWO": False, "ROUNDING": 0, "STEPPED": max(steps) > 1}
     multiples = key_multiple.contiguous(), value_multiple.contiguous()
-    _run(keys, values, place, key, value, multiples, levels, 1, steps, how)
+    return _run(keys, values, place, key, value, multiples, levels, 1, steps, how, query, cos, sin)
 
 
-def _run(keys, values, place, key, value, tables, limit, resolution, steps, how) -> None:
-    given, caches = (dense(key), dense(value)), (keys, values)
+def advance(counters: list[Tensor], by: int) -> None:
+    """Add to integers ``[]``, each a tensor of its own, in their places."""
+    with torch.cuda.device_of(counters[0]):
+        _advance[(len(counters),)](tuple(counters), by, **meta(num_warps=1))
+
+
+def _run(keys, values, place, key, value, tables, limit, resolution, steps, how, query, cos, sin) -> Tensor | None:
+    given, caches, turned = [dense(key), dense(value)], (keys, values), None
     batch, groups, _, size = key.shape
+    heads, turn = groups, (keys, keys)
+    if query is not None:
+        given.append(dense(query))
+        heads, turn = query.shape[1], (dense(cos), dense(sin))
+        turned = torch.empty((batch, heads, 1, size), dtype=query.dtype, device=query.device)
     with torch.cuda.device_of(keys):
-        _append[(batch * groups, 2)](
-            given,
+        _append[(batch * max(heads, groups), len(given))](
+            tuple(given),
             caches,
             tables,
             place,
+            turn,
+            keys if turned is None else turned,
             limit,
             resolution,
             steps,
+            heads,
             groups,
+            batch,
+            tuple([x.stride(0) if x.shape[0] > 1 else 0 for x in turn]),
             *[tuple([x.stride(axis) for x in given]) for axis in (0, 1)],
             *[tuple([x.stride(axis) for x in caches]) for axis in (0, 1, 2)],
-            **meta(SIZE=size, E=pow2(size), num_warps=1, enable_fp_fusion=False, **how),
+            **meta(SIZE=size, E=pow2(size), TURN=turned is not None, num_warps=1, enable_fp_fusion=False, **how),
         )
+    return turned

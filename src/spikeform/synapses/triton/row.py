@@ -7,6 +7,7 @@ is made. Lines begin at multiples of 16 bytes, as threads load that much at a ti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -103,6 +104,21 @@ def _oat(
 
 
 @triton.jit
+def put_gif(v, at, times, low, unit, line, K, levels, steps, PACKED: tl.constexpr):
+    """Write what GIF neurons send for the potentials ``v`` fp32 of a program's channels ``at`` into their line.
+
+    Bytes of the codes, the row's unit, fp32, and a sum of codes for each program. ``times``: the channels' own units in
+    ``unit``; ``low``: the row's least element. Potentials behind the row are 0.
+    """
+    code = gif_integer(v, low, unit, v * 0.0 + times, levels, steps).to(tl.int32)
+    place = (at % 64 // 32) * (K // 2) + at // 64 * 32 + at % 32 if PACKED else at
+    tl.store(line.to(tl.pointer_type(tl.int8)) + place, code.to(tl.int8), at < K)
+    behind = line + K // 4
+    tl.store(behind, unit.to(tl.int32, bitcast=True), tl.program_id(0) == 0)
+    tl.store(behind + 1 + tl.program_id(0), tl.sum(code, 0))
+
+
+@triton.jit
 def _gif(
     x,
     multiples,
@@ -125,13 +141,7 @@ def _gif(
     await_inputs(OVERLAP)
     v = tl.load(x + at, at < K, other=0.0).to(tl.float32)
     low, unit = gif_row(x, K, levels, steps, CHUNK)
-    code = gif_integer(v, low, unit, v * 0.0 + times, levels, steps).to(tl.int32)
-    place = (at % 64 // 32) * (K // 2) + at // 64 * 32 + at % 32 if PACKED else at
-    line = out + part * words
-    tl.store(line.to(tl.pointer_type(tl.int8)) + place, code.to(tl.int8), at < K)
-    behind = line + K // 4
-    tl.store(behind, unit.to(tl.int32, bitcast=True), tl.program_id(0) == 0)
-    tl.store(behind + 1 + tl.program_id(0), tl.sum(code, 0))
+    put_gif(v, at, times, low, unit, out + part * words, K, levels, steps, PACKED)
 
 
 def oat_lines(
@@ -145,6 +155,19 @@ def oat_lines(
     how = {"TWO": branches == 2, "ROUNDING": rounding, "SHIFTED": len(shifts) > 0, "LIMBS": limbs, "PARTS": parts}
     words = words_of_oat(width, branches, limit, parts)
     return torch.empty((len(thresholds), words), dtype=torch.int32, device=thresholds[0].device), how
+
+
+def gif_lines(width: int, multiples: Sequence[Tensor], steps: int, packed: bool) -> tuple[Tensor, dict[str, Any]]:
+    """Room for a line for each group, int32 ``[P, words]``, and how a kernel that fills it is compiled."""
+    how = {
+        "STEPPED": steps > 1,
+        "PACKED": packed,
+        "CHUNK": min(next_power(width), LONGEST),
+        "BLOCK": SUMMED,
+        "num_warps": 8 if width <= 4096 else 16,
+        "enable_fp_fusion": False,
+    }
+    return torch.empty((len(multiples), words_of_gif(width)), dtype=torch.int32, device=multiples[0].device), how
 
 
 def row_oat(
@@ -190,24 +213,16 @@ def row_gif(x: Tensor, multiples: Sequence[Tensor], levels: int, steps: int, pac
     ``packed``: first the codes that meet low nibbles, then those that meet high ones.
     """
     x, width = x.contiguous(), x.shape[-1]
-    words = words_of_gif(width)
-    out = torch.empty((len(multiples), words), dtype=torch.int32, device=x.device)
+    out, how = gif_lines(width, multiples, steps, packed)
     with torch.cuda.device_of(x):
         _gif[(cdiv(width, SUMMED), len(multiples))](
             x,
             tuple(multiples),
             out,
             width,
-            words,
+            out.shape[1],
             levels,
             steps,
-            **meta(
-                STEPPED=steps > 1,
-                PACKED=packed,
-                CHUNK=min(next_power(width), LONGEST),
-                BLOCK=SUMMED,
-                num_warps=8 if width <= 4096 else 16,
-                enable_fp_fusion=False,
-            ),
+            **meta(**how),
         )
     return out
