@@ -1,6 +1,6 @@
 """Speed of spiking 7B models beside the dense one they came from, on one GPU, with random weights.
 
-    python benchmarks/decode_7b.py --out benchmarks/results/decode-7b-llama.json [--shape opt-6.7b]
+    python benchmarks/decode_7b.py --out benchmarks/results/decode-7b.json [--shape opt-6.7b]
         [--variants dense,las16,las8,las8-int8,w4a4] [--layers 4] [--brief] [--apart] [--profile] [--tiny]
 
 Weights are random, and so are the tokens: what is measured here does not depend on their values. LAS's thresholds are

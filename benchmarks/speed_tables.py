@@ -65,9 +65,14 @@ def gpu_models() -> list[str]:
         if settings["shape"] in shapes:
             continue
         shapes.add(settings["shape"])
-        rows = [row[:3] for row in speed_gpu.decode_rows(data)]
-        head = [f"{settings['layers']} layers of {settings['shape']}", "decode: a step, ms"]
-        lines += table([*head, "a token of `generate`, ms"], rows)
+        head = [
+            f"{settings['layers']} layers of {settings['shape']}",
+            "decode: a step, ms",
+            "a token of `generate`, ms",
+        ]
+        rows = [row[: len(head)] for row in speed_gpu.decode_rows(data)]
+        shown = 3 if any(row[2] for row in rows) else 2
+        lines += table(head[:shown], [row[:shown] for row in rows])
         words = "Compiled forward passes, static cache, batch 1, random weights; in brackets: over the dense model's."
         lines += paragraph(words, speed_gpu.bars(data), data.get("note", ""), source(data, name))
     return lines

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import spikeform
 from spikeform.training.preference import PairOptions, Pairs, PreferOptions, load_pairs, prefer, preference_pairs, rank
 from spikeform.training.preference.measures import mcnemar, measure
+from spikeform.training.preference.tune import interpolate, weights
 
 METHODS = ("dpo", "kto")
 
@@ -67,7 +68,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@torch.no_grad()
 def interpolated(
     model: Any,
     start: dict[str, torch.Tensor],
@@ -79,19 +79,16 @@ def interpolated(
     sizes: tuple[int, int, int],
 ) -> list[dict[str, Any]]:
     """What models between the checkpoint and the tuned one do; the tuned one is as it was afterwards."""
-    tuned = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    found: list[dict[str, Any]] = []
+    tuned, found = weights(model), []
     for part in parts:
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                tensor.copy_(start[name].lerp(tuned[name], part))
+        interpolate(model, start, tuned, part)
         again: Any
         again, after = measure(model, pairs, texts["tokenizer"], texts["held"], *sizes)
-        found.append({"part": part, "metrics": after, "mcnemar": mcnemar(ranked.wins(False), again.wins(False))})
-        found[-1]["perplexity_ratio"] = after["perplexity"] / before["perplexity"]
-        won = after["preference"]["summed"]["accuracy"]
-        print(f"  part {part}: {won:.4f}, {found[-1]['mcnemar']}, x {found[-1]['perplexity_ratio']:.4f}", flush=True)
-    model.load_state_dict(tuned)
+        change = mcnemar(ranked.wins(False), again.wins(False))
+        ratio = after["perplexity"] / before["perplexity"]
+        found.append({"part": part, "metrics": after, "mcnemar": change, "perplexity_ratio": ratio})
+        print(f"  part {part}: {after['preference']['summed']['accuracy']:.4f}, {change}, x {ratio:.4f}", flush=True)
+    interpolate(model, start, tuned, 1.0)
     return found
 
 
@@ -99,7 +96,7 @@ def run(arguments: argparse.Namespace, method: str, rate: float, pairs: Pairs, t
     """One method at one rate, from the checkpoint."""
     started = time.monotonic()
     model = spikeform.load(arguments.checkpoint).to(arguments.device)
-    start = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    start = weights(model)
     before = blimp.answers(model, texts["blimp"])
     sizes = PreferOptions().max_length, arguments.batch_size, WINDOW
     ranked, _ = measure(model, pairs, texts["tokenizer"], None, *sizes)

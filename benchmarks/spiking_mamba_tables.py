@@ -123,7 +123,7 @@ def bars(rows: Rows, tuned: dict[str, Any] | None) -> list[str]:
         found[-1].append(verdict(points <= BLIMP_BAR))
     for row in tuned["rows"] if tuned else []:
         before, after = (row["metrics"][when]["preference"]["summed"]["accuracy"] for when in ("before", "after"))
-        p, name = row["metrics"]["mcnemar"]["summed"]["p"], f"{row['method'].upper()}, rate {row['learning_rate']:g}"
+        p, name = row["metrics"]["mcnemar"]["summed"]["p"], preference_title(row)
         found.append([f"{name}: held-out preference raised, p < 0.05", f"{before:.4f} to {after:.4f}, p = {p:g}"])
         found[-1].append(verdict(after > before and p < 0.05))
         change = 100 * (row["perplexity_ratio"] - 1)
@@ -176,6 +176,28 @@ def energy_lines(rows: Rows) -> Iterator[list[str]]:
             yield [TITLES[name], accounting, f"{found['rate']:.3f}", *cells]
 
 
+def preference_title(row: dict[str, Any]) -> str:
+    """A run of the preference stage as tables show it."""
+    sft = f", sft {row['options']['sft']:g}" if row["method"] == "dpo" else ""
+    return f"{row['method'].upper()}, rate {row['learning_rate']:g}{sft}"
+
+
+def interpolated_lines(tuned: dict[str, Any]) -> list[str]:
+    """What the runs reach on the way to their end."""
+    found = []
+    for row in tuned["rows"]:
+        whole = {"metrics": row["metrics"]["after"], "mcnemar": row["metrics"]["mcnemar"]["summed"]}
+        whole["perplexity_ratio"] = row["perplexity_ratio"]
+        before, cells = row["metrics"]["before"]["preference"]["summed"]["accuracy"], [preference_title(row)]
+        for way in [*row["interpolated"], whole]:
+            gained = 100 * (way["metrics"]["preference"]["summed"]["accuracy"] - before)
+            change = 100 * (way["perplexity_ratio"] - 1)
+            cells.append(f"{gained:+.2f} (p {way['mcnemar']['p']:.1g}), {change:+.2f}%")
+        found.append(cells)
+    parts = [f"{way['part']:g} of the way" for way in tuned["rows"][0]["interpolated"]]
+    return table(["run", *parts, "all of it"], found)
+
+
 def preference_lines(tuned: dict[str, Any]) -> list[str]:
     """Every run of the preference stage."""
     found = []
@@ -189,7 +211,7 @@ def preference_lines(tuned: dict[str, Any]) -> list[str]:
         gained = row["blimp"]["gained"]
         found.append(
             [
-                f"{row['method'].upper()}, rate {row['learning_rate']:g}, {row['steps']} steps",
+                f"{preference_title(row)}, {row['steps']} steps of {row['options']['batch_size']}",
                 *cells,
                 f"{row['metrics']['mcnemar']['summed']['p']:g}",
                 f"{per_token[0]:.1f} to {per_token[1]:.1f}",
@@ -230,7 +252,7 @@ def results(data: list[dict[str, Any]], rows: Rows, tuned: dict[str, Any] | None
         said = f"Held-out pairs by what was done to the rejected response: {kinds}. The dense model ranks "
         said += f"{100 * tuned['dense']['summed']['accuracy']:.1f}% of them rightly. {PREFERENCE_WORDS}"
         lines += ["## Preferences", "", f"{where(tuned)} Start and reference: `{tuned['checkpoint']}`.", ""]
-        lines += [said, "", *preference_lines(tuned)]
+        lines += [said, "", *preference_lines(tuned), INTERPOLATED_WORDS, "", *interpolated_lines(tuned)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -240,6 +262,8 @@ DISTILLED_WORDS = """All from the same start, the dense model with neurons put i
 unless it says otherwise. Embedding and head are frozen but in one row. *Rotated*: a Hadamard matrix turns what
 `out_proj` receives, which is no part of the paper's method ([spiking_mamba.md](spiking_mamba.md#rotation))."""
 PREFERENCE_WORDS = "*Per token*: log probabilities divided by the response's tokens."
+INTERPOLATED_WORDS = """Weights between the checkpoint and each run's end (`PreferOptions.interpolate`): points of
+held-out pairs gained, McNemar's p, and perplexity. All runs and parts that were measured on these pairs."""
 ENERGY_WORDS = """How many times less the spiking network is ESTIMATED to take than the dense one, products alone, as
 papers count; the published 4.76 does not say which of the three it is. Neurons, memory traffic and norms are in no
 figure here; with them: `spikeform energy` ([energy.md](energy.md))."""

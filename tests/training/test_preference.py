@@ -104,6 +104,21 @@ def test_leaves_nothing_in_the_model(tuned):
     assert not any(module.training for module in model.modules())
 
 
+def test_ends_on_the_way(pairs, tokenizer):
+    """At a share of the way that the same run goes in full; and what is saved and told is that model."""
+    start, whole, part = (preferences.spiking(per_channel=True) for _ in range(3))
+    prefer(whole, pairs, tokenizer, quick())
+    prefer(part, pairs, tokenizer, quick(interpolate=0.25))
+    moved = 0
+    for name, x in state(part).items():
+        a, b = start.state_dict()[name], whole.state_dict()[name]
+        torch.testing.assert_close(x, a.lerp(b, 0.25) if x.is_floating_point() else b, rtol=0, atol=1e-7)
+        moved += not torch.equal(a, b)
+    assert moved > 3
+    told = part.spikeform_report.history[-1]["metrics"]["after"]["preference"]
+    assert told == rank(part, pairs.held_out, tokenizer, end_token=False).to_dict()
+
+
 def test_embeddings_stay_and_thresholds_learn(tuned):
     _, before, model, _, _ = tuned
     a, b = state(before), state(model)
@@ -318,6 +333,8 @@ def test_refuses_pairs_and_rates(pairs, tokenizer, given, options, message):
         ({"steps": 1, "epochs": 1.0}, "steps or epochs, not both"),
         ({"beta": 0}, "beta must be a number above 0"),
         ({"warm_up": 1.0}, "warm_up is a share"),
+        ({"interpolate": 0.0}, "interpolate must be a number above 0"),
+        ({"interpolate": 1.5}, "interpolate is a share of the way"),
         ({"bf16": 1}, "bf16 must be true or false"),
     ],
 )

@@ -121,6 +121,8 @@ class PreferOptions(Options):
         max_length: Tokens of prompt and response; longer ones are cut at the end.
         compensation: Weight of the signed-integer neurons' smoothed gradient compensation, whose forward pass is that
             of the spikes.
+        interpolate: Share of the way from the weights before the stage to the tuned ones at which it ends (arXiv
+            2109.01903): below 1 it gives back more of what other text costs than of what was won.
         freeze_embeddings: Whether the embeddings (and a head tied to them) stay as they are.
         window: Tokens of a window of the held-out text.
         bf16: Multiply in bfloat16 (autocast) while training; weights stay fp32, and measuring is in fp32.
@@ -142,6 +144,7 @@ class PreferOptions(Options):
         "warm_up",
         "epochs",
         "compensation",
+        "interpolate",
     )
 
     method: str = "dpo"
@@ -160,6 +163,7 @@ class PreferOptions(Options):
     epochs: float | None = None
     max_length: int = 512
     compensation: float = 0.5
+    interpolate: float = 1.0
     freeze_embeddings: bool = True
     window: int = 512
     bf16: bool = False
@@ -185,9 +189,11 @@ class PreferOptions(Options):
             raise ConfigError("give steps or epochs, not both")
         for name in self.REALS:
             if getattr(self, name) is not None:
-                real(name, getattr(self, name), positive=name in ("beta", "learning_rate", "epochs"))
+                real(name, getattr(self, name), positive=name in ("beta", "learning_rate", "epochs", "interpolate"))
         if self.sft and self.method != "dpo":
             raise ConfigError(f"sft is for dpo: set it to 0 for {self.method}")
+        if self.interpolate > 1:
+            raise ConfigError(f"interpolate is a share of the way, above 0 and at most 1, got {self.interpolate}")
         if self.warm_up >= 1:
             raise ConfigError(f"warm_up is a share of the steps, from 0 to below 1, got {self.warm_up}")
         switches(self, "freeze_embeddings", "bf16", "gradient_checkpointing")

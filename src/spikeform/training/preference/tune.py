@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -95,8 +96,11 @@ def prefer(
         ids = _ids(valid, tokenizer, model, options)
         sizes = options.max_length, options.batch_size, options.window
         ranked, before = measure(model, data, tokenizer, ids, *sizes)
+        start = weights(model) if options.interpolate < 1 else {}
         done = _run(model, reference, data, tokenizer, options, folder, progress or (lambda point: None))
         model.eval()
+        if start:
+            interpolate(model, start, weights(model), options.interpolate)
         again, after = measure(model, data, tokenizer, ids, *sizes)
         done["metrics"] = {"before": before, "after": after}
         if ranked is not None and again is not None:
@@ -107,6 +111,19 @@ def prefer(
         saving.conclude(model, done, target, tokenizer, command)
         lasts()
     return model
+
+
+def weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Copies of all real parameters and buffers that a checkpoint has, in the host's memory."""
+    return {name: x.detach().cpu().clone() for name, x in model.state_dict().items() if x.is_floating_point()}
+
+
+@torch.no_grad()
+def interpolate(model: PreTrainedModel, start: dict[str, Tensor], end: dict[str, Tensor], share: float) -> None:
+    """Give ``model`` the weights ``start + share (end - start)`` of two copies that :func:`weights` made."""
+    own = model.state_dict()
+    for name, x in start.items():
+        own[name].copy_(x.lerp(end[name], share))
 
 
 def _run(
