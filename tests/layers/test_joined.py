@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import spikeform
 from kernels import DEVICE, INTERPRETED, fused, let_bounds_be_scalars, needs_triton, not_interpreted, on_the_interpreter
-from spikeform.layers import joined, nodes
+from spikeform.layers import joined, joined_cache, nodes
 from spikeform.neurons.oat import ROUNDINGS
 from spikeform.synapses import dispatch
 from spikeform.synapses.fused import pack_nibbles
@@ -183,6 +183,18 @@ def test_a_token_is_appended(heads, size, dtype):
     multiples = [(1.0 + (torch.arange(3 * size) % n > 0)).view(3, 1, size).to(DEVICE) for n in (2, 3)]
     packed = [gif_pack(x, m, m, 15, 2) for x, m in zip((key_turned, value), multiples, strict=True)]
     check(gif_append, packed, *multiples, 15, 2, 2)
+
+
+def test_what_is_no_turn_is_left():
+    """Sums of products with numbers, and a place that a number says, are no rotary embedding, and no length."""
+    aten, graph = torch.ops.aten, torch.fx.Graph()
+    x = graph.placeholder("x")
+    halves = [graph.call_function(aten.mul.Tensor, (x, factor)) for factor in (2.0, 3.0)]
+    assert joined_cache._turn(graph.call_function(aten.add.Tensor, tuple(halves))) is None
+    assert joined_cache._turn(graph.call_function(aten.add.Tensor, (halves[0], 1))) is None
+    count = graph.call_function(torch.ops.prims.iota.default, (1,), {"start": 0, "step": 1})
+    place = graph.call_function(aten.add.Tensor, (count, 0))
+    assert joined_cache._spot(place) is place
 
 
 @fused

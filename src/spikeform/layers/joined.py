@@ -8,7 +8,8 @@ them. A pass over the graph that ``torch.compile`` made (Inductor, on a GPU) see
 - a norm, a gate times its other factor, or attention, that goes nowhere else encodes what it leaves: of spikes, or
   plain ones before GIF neurons;
 - where the next thing is such a norm, a residual is added by the product;
-- keys and values of one token are encoded and put into their cache by one operator.
+- keys and values of one token are turned by their position (so are queries), encoded and put into their cache by one
+  operator, and the lengths of all caches move on in one.
 
 Modules, checkpoints and models that are not compiled know nothing of it; what a hook changes is in the graph. Sums are
 the same in the same order. A norm sums its squares in another: a code may differ where a last bit decides.

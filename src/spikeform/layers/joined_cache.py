@@ -88,6 +88,8 @@ def _turn(node: Any) -> Turn | None:
     if not _is(node, ATEN.add.Tensor) or not all(_is(x, ATEN.mul.Tensor) for x in node.args):
         return None
     (x, cos), (halves, sin) = node.args[0].args, node.args[1].args
+    if not all(isinstance(given, torch.fx.Node) for given in (x, cos, sin)):
+        return None
     if not _is(halves, ATEN.cat.default) or len(halves.args[0]) != 2 or halves.args[1:] not in ((-1,), (3,)):
         return None
     second, first = halves.args[0]
@@ -97,7 +99,8 @@ def _turn(node: Any) -> Turn | None:
     for part, begin, end in ((second.args[0], size // 2, size), (first, 0, size // 2)):
         if not _is(part, ATEN.slice.Tensor) or part.args[0] is not x or len(part.args) != 4:
             return None
-        if part.args[1] not in (3, -1) or part.args[2] != begin or min(part.args[3], size) != end:
+        dim, first_of, behind = part.args[1:]
+        if dim not in (3, -1) or first_of != begin or not isinstance(behind, int) or min(behind, size) != end:
             return None
     given = value(x), value(cos), value(sin)
     whole = given[0].ndim == 4 and size % 2 == 0 and len({t.dtype for t in (*given, value(node))}) == 1
@@ -111,12 +114,12 @@ def _is(node: Any, target: Any) -> bool:
 
 
 def _spot(place: Node) -> Node:
-    """Where ``place`` int64 ``[1]`` comes from, if that is a number as it is: the first of a count from 0, and it."""
+    """The number ``[]`` to which ``place`` int64 ``[1]`` adds the first of a count from 0; else ``place``."""
     if _is(place, ATEN.add.Tensor) and len(place.args) == 2:
         count, start = place.args
         counts = getattr(count, "target", None) is torch.ops.prims.iota.default and count.args == (1,)
-        if counts and count.kwargs.get("start") == 0 and value(start).shape == () and value(start).dtype == torch.int64:
-            return start
+        if counts and count.kwargs.get("start") == 0 and isinstance(start, torch.fx.Node):
+            return start if value(start).shape == () and value(start).dtype == torch.int64 else place
     return place
 
 
