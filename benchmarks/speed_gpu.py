@@ -114,6 +114,12 @@ def decode_rows(data: dict[str, Any]) -> list[list[str]]:
     return found
 
 
+def filled(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns that no row has."""
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
 def bars(data: dict[str, Any]) -> str:
     """What was aimed at, and whether it was reached."""
     rows = {r["variant"]: r for r in data["rows"] if "error" not in r}
@@ -138,7 +144,7 @@ def models(folder: Path) -> list[str]:
         lines += [
             f"### {settings['layers']} layers of {settings['shape']}, batch 1",
             "",
-            *table(head, decode_rows(data)),
+            *table(*filled(head, decode_rows(data))),
         ]
         failed = [f"{title(row['variant'])} did not run" for row in data["rows"] if "error" in row]
         for words in (DECODE_WORDS.format(**settings), bars(data), data.get("note", "")):

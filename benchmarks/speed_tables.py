@@ -71,8 +71,7 @@ def gpu_models() -> list[str]:
             "a token of `generate`, ms",
         ]
         rows = [row[: len(head)] for row in speed_gpu.decode_rows(data)]
-        shown = 3 if any(row[2] for row in rows) else 2
-        lines += table(head[:shown], [row[:shown] for row in rows])
+        lines += table(*speed_gpu.filled(head, rows))
         words = "Compiled forward passes, static cache, batch 1, random weights; in brackets: over the dense model's."
         lines += paragraph(words, speed_gpu.bars(data), data.get("note", ""), source(data, name))
     return lines
