@@ -115,3 +115,25 @@ def test_shares_pytorchs_threads():
 def test_functions_are_kept():
     assert function("level", "i", "i") is function("level", "i", "i")
     assert torch.get_num_threads() >= 1
+
+
+@needs_library
+def test_weights_lie_on_large_pages_to_their_last_byte():
+    """Whole pages alone would leave out half of a weight of 4 MB."""
+    from spikeform.synapses.fused import oat_linear_int
+
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("the kernel has no large pages")
+    weight, scale = torch.ones(2048, 2049, dtype=torch.int8), torch.ones(2048)
+    oat_linear_int(torch.ones(1, 2049), weight, scale, None, torch.tensor([1.0]), 127, 128, 0)
+    first = weight.data_ptr()
+    wanted, asked = {first, first + weight.numel() - 1}, set()
+    inside: set[int] = set()
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            begin, end = (int(x, 16) for x in name.split("-"))
+            inside = {at for at in wanted if begin <= at < end}
+        elif name == "VmFlags:" and "hg" in rest:
+            asked |= inside
+    assert asked == wanted

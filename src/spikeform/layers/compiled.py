@@ -11,7 +11,8 @@ from transformers import CompileConfig
 def compile_config(*, fullgraph: bool = True, together: bool = True) -> CompileConfig:
     """How ``generate`` should compile a converted model, if nobody changes the model meanwhile.
 
-    As transformers does by itself, but that a call does not look at every attribute of every module before it begins.
+    As transformers does by itself, but that a call does not look at every attribute of every module before it begins,
+    nor at the strides of what each operator gives.
     A spiking model has more of them than the dense one: with 32 layers, looking takes longer than many a GPU takes for
     the token. The price: a model that is changed after its first compiled call (converted, tuned, given other
     thresholds) may go on as it was before. Call ``torch.compiler.reset()`` after a change. Weights that change in their
@@ -28,6 +29,9 @@ def compile_config(*, fullgraph: bool = True, together: bool = True) -> CompileC
     options: dict[str, Any] = {
         "guard_filter_fn": skip_guard_on_all_nn_modules_unsafe,
         "triton.cudagraphs": True,  # what transformers' own mode, "reduce-overhead", comes to
+        # Every operator's result is asked for its strides and place else, at each call.
+        "size_asserts": False,
+        "alignment_asserts": False,
     }
     if together:
         from spikeform.layers.joined import Joined  # Inductor takes a second to import

@@ -22,19 +22,31 @@ static int best() {
 
 int level_in_use = best();
 
+constexpr int64_t LARGE = 1 << 18;  // bytes from which on a large page is worth asking for
+
 void use_large_pages(const void* place, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr int64_t PAGE = int64_t(1) << 21, SEEN = 4096;
+    constexpr uintptr_t PAGE = uintptr_t(1) << 21, SEEN = 4096, NEAR = 8;
     constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, Linux 6.1: now, not when the kernel comes by
-    static std::atomic<uintptr_t> seen[SEEN];
+    static std::atomic<uint64_t> seen[SEEN];
+    if (bytes < LARGE) return;
     const uintptr_t at = reinterpret_cast<uintptr_t>(place);
-    auto& entry = seen[(at >> 12) % SEEN];
-    if (bytes < 2 * PAGE || entry.load(std::memory_order_relaxed) == at) return;
-    entry.store(at, std::memory_order_relaxed);
-    const uintptr_t begin = (at + PAGE - 1) / PAGE * PAGE, end = (at + uintptr_t(bytes)) / PAGE * PAGE;
-    // Where the system refuses, pages stay as they are.
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-    madvise(reinterpret_cast<void*>(begin), end - begin, COLLAPSE);
+    // Weights of one size lie at one distance: multiplied, they spread over the table.
+    const uint64_t own = (uint64_t(at) + 3 * uint64_t(bytes)) * 0x9e3779b97f4a7c15u;
+    for (uint64_t i = 0; i < NEAR; i++) {
+        auto& entry = seen[((own >> 40) + i) % SEEN];
+        const uint64_t known = entry.load(std::memory_order_relaxed);
+        if (known == own) return;
+        if (known && i + 1 < NEAR) continue;
+        entry.store(own, std::memory_order_relaxed);
+        break;
+    }
+    // Pages that a weight shares with its neighbours, too: of one of a few million bytes they are half.
+    for (uintptr_t page = at / PAGE * PAGE; page < at + uintptr_t(bytes); page += PAGE) {
+        // Where the system refuses, a page stays as it is.
+        madvise(reinterpret_cast<void*>(page), PAGE, MADV_HUGEPAGE);
+        madvise(reinterpret_cast<void*>(page), PAGE, COLLAPSE);
+    }
 #else
     (void)place, (void)bytes;
 #endif
