@@ -202,7 +202,7 @@ def decoding(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     start = args.prompt + EAGER_TOKENS // 2
     rewind(cache, start)
     wanted = model(**seen).logits.float()
-    how = spikeform.compile_config(together=not args.apart)
+    how = spikeform.compile_config(model, together=not args.apart)
     step = model.get_compiled_call(how)
     begin = time.perf_counter()
     rewind(cache, start)

@@ -8,7 +8,7 @@
 tokens too: speed does not depend on their values (files repeat the weights of one layer in all). llama.cpp runs in a
 process of its own, kept alive, by its C interface; rounds of all models take turns, and no two run at once. Prefill is
 one eager pass over the prompt into an empty static cache, last logits alone; decoding one token at a time, eager or
-compiled by ``torch.compile(fullgraph=True)``. Medians of rounds (of the tokens of a round, too). llama.cpp, too, works
+compiled as ``spikeform.compile_config`` says. Medians of rounds (of the tokens of a round, too). llama.cpp, too, works
 out the last logits of a prompt alone; it also spares the last block's feed-forward layers all rows but that one, which
 transformers does not: 1/28 of the products of 22 blocks. In its files all matrices are of one type; "Q8_0 head" has
 the output head in 8 bits, as that of ours called "int8 head" is. ``bytes`` are those that a token reads: of ours all
@@ -153,7 +153,8 @@ class Ours:
 
     def __init__(self, model: Any, length: int, compiled: bool) -> None:
         self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=length)
-        self.step = torch.compile(model.forward, fullgraph=True, dynamic=False) if compiled else model.forward
+        how = spikeform.compile_config(model).to_dict()
+        self.step = torch.compile(model.forward, **how) if compiled else model.forward
 
     def round(self, ids: Tensor, new: int) -> list[float]:
         """Seconds of the prefill, and of a token."""

@@ -4,6 +4,7 @@ Without a CUDA device the kernels run on Triton's interpreter, in a process of t
 the CPU, whose other operators are the compiled library's.
 """
 
+import copy
 from collections import Counter
 
 import pytest
@@ -38,10 +39,12 @@ def random(*shape, seed=0, dtype=torch.float32):
 
 
 def test_it_is_an_option_of_the_compiler():
-    """By an option of the compiler; two configs with it are equal, so that nothing is compiled twice."""
-    together, again = (spikeform.compile_config().to_dict() for _ in range(2))
+    """Two configs of one model are equal, so that nothing is compiled twice; those of two models are not."""
+    model, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    together, again = (spikeform.compile_config(model).to_dict() for _ in range(2))
     assert isinstance(together["options"]["post_grad_custom_pre_pass"], joined.Joined)
-    assert together == again != spikeform.compile_config(together=False).to_dict()
+    assert together == again == copy.deepcopy(again) != spikeform.compile_config(model, together=False).to_dict()
+    assert together != spikeform.compile_config(other).to_dict()
     assert inductor.post_grad_custom_pre_pass is None
     del together["options"]["guard_filter_fn"]  # which torch.compile takes for itself
     wrapper = torch._TorchCompileInductorWrapper(None, together["options"], False)
@@ -240,7 +243,7 @@ def test_a_compiled_step(method, settings):
     def take(together):
         def compiled(module, _inputs):
             if together:
-                joined.Joined()(module.graph)
+                joined.Joined(0)(module.graph)
                 module.graph.lint()
                 module.recompile()
                 assert all(n.target in lowerings for n in module.graph.nodes if str(n.target).startswith("spikeform"))

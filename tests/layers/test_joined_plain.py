@@ -104,7 +104,7 @@ def together(monkeypatch, dtype, **changed):
     step, x = Step(dtype, **changed), torch.ones(1, 1, 64, dtype=dtype)
     traced = make_fx(step, decomposition_table=select_decomp_table(), tracing_mode="fake")(x, step.gain)
     before = Counter(node.target for node in traced.graph.nodes)
-    joined.Joined()(traced.graph)
+    joined.Joined(0)(traced.graph)
     traced.graph.lint()
     after = Counter(node.target for node in traced.graph.nodes)
     own = {name: after[getattr(torch.ops.spikeform, name).default] for name in ("row_norm_gif", "row_gated_gif")}

@@ -110,16 +110,26 @@ def product_of(node: Node) -> Product | None:
 
 
 class Joined(CustomGraphPass):
-    """The pass; see the module. All of them are one: what was compiled with one is compiled for the others."""
+    """The pass; see the module. What was compiled with one is compiled for those that are equal.
+
+    Args:
+        model: A number that the model has alone.
+        together: Whether anything is put together.
+    """
+
+    def __init__(self, model: int, together: bool = True) -> None:
+        self.model, self.together = model, together
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Joined)
+        return isinstance(other, Joined) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
-        return hash(Joined)
+        return hash((self.model, self.together))
 
     def __call__(self, graph: Graph) -> None:
         """Put together what can be, in place."""
+        if not self.together:
+            return
         groups: dict[Hashable, list[Product]] = {}
         order = {node: place for place, node in enumerate(graph.nodes)}
         for node in graph.nodes:
@@ -138,9 +148,8 @@ class Joined(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """Graphs that were compiled with this pass are kept apart from others."""
-        return get_hash_for_files(
-            (__file__, *(module.__file__ for module in (*DEFINED, joined_cache, joined_plain, nodes)))
-        )
+        modules = *DEFINED, joined_cache, joined_plain, nodes
+        return get_hash_for_files((__file__, *(module.__file__ for module in modules))) + bytes([self.together])
 
 
 def _early(node: Node | None, first: Node, order: dict[Node, int]) -> bool:
