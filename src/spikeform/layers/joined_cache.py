@@ -12,11 +12,14 @@ import torch
 from torch.fx import Graph
 
 from spikeform.layers import nodes
-from spikeform.layers.nodes import OPS, Node, call, value
+from spikeform.layers.nodes import OPS, Node, call, match, value
 
 ATEN = torch.ops.aten
 COPY = ATEN.copy_.default
 PUT, COPIED = ATEN.index_put.default, ATEN.index_copy.default  # with decompositions, and without
+MUL, SLICE = ATEN.mul.Tensor, ATEN.slice.Tensor
+HALVES = [(ATEN.neg.default, (SLICE, "x", "dim", "half", "behind")), (SLICE, "x", "dim", 0, "half")]
+TURN = ATEN.add.Tensor, (MUL, "x", "cos"), (MUL, (ATEN.cat.default, HALVES, "axis"), "sin")
 # By an attention: what packs its keys and values, the operators that put both into a cache (as they are, and turned),
 # and which arguments these take of the two that pack.
 APPENDS = {
@@ -85,28 +88,18 @@ class Turn(NamedTuple):
 
 def _turn(node: Any) -> Turn | None:
     """How ``node`` is turned by its position (rotary embedding by halves), or None."""
-    if not _is(node, ATEN.add.Tensor) or not all(_is(x, ATEN.mul.Tensor) for x in node.args):
+    named: dict[str, Any] = {}
+    if not match(TURN, node, named, {}) or not all(isinstance(named[name], torch.fx.Node) for name in Turn._fields):
         return None
-    (x, cos), (halves, sin) = node.args[0].args, node.args[1].args
-    if not all(isinstance(given, torch.fx.Node) for given in (x, cos, sin)):
+    turn = Turn(*(named[name] for name in Turn._fields))
+    x, *given = (value(n) for n in turn)
+    size, half, behind = x.shape[-1], named["half"], named["behind"]
+    known = isinstance(half, int) and isinstance(behind, int)
+    if not known or size != 2 * half or behind < size or not {named["dim"], named["axis"]} <= {3, -1} or x.ndim != 4:
         return None
-    if not _is(halves, ATEN.cat.default) or len(halves.args[0]) != 2 or halves.args[1:] not in ((-1,), (3,)):
-        return None
-    second, first = halves.args[0]
-    if not _is(second, ATEN.neg.default):
-        return None
-    size = value(x).shape[-1]
-    for part, begin, end in ((second.args[0], size // 2, size), (first, 0, size // 2)):
-        if not _is(part, ATEN.slice.Tensor) or part.args[0] is not x or len(part.args) != 4:
-            return None
-        dim, first_of, behind = part.args[1:]
-        if dim not in (3, -1) or first_of != begin or not isinstance(behind, int) or min(behind, size) != end:
-            return None
-    given = value(x), value(cos), value(sin)
-    whole = given[0].ndim == 4 and size % 2 == 0 and len({t.dtype for t in (*given, value(node))}) == 1
-    of_all = (1, 1, size), (given[0].shape[0], 1, 1, size)
-    fits = all(t.shape in ((1, *of_all[0]), of_all[1]) and t.stride(3) == 1 for t in given[1:])
-    return Turn(x, cos, sin) if whole and fits else None
+    alike = len({t.dtype for t in (x, *given, value(node))}) == 1
+    fits = all(t.shape in ((1, 1, 1, size), (x.shape[0], 1, 1, size)) and t.stride(3) == 1 for t in given)
+    return turn if alike and fits else None
 
 
 def _is(node: Any, target: Any) -> bool:

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spikeform.layers.nodes import OPS, Node, value
+from spikeform.layers.nodes import OPS, Node, Steps, match, value
 
 ATEN, CAST = torch.ops.aten, torch.ops.prims.convert_element_type.default
 MUL, ADD = ATEN.mul.Tensor, ATEN.add.Tensor
-Steps = Any  # an operator and its arguments, steps themselves; a name, of anything; or a constant
 
 
 class Made(NamedTuple):
@@ -72,26 +71,12 @@ def plain(y: Node) -> Made | None:
         for order in ((first, factor), (factor, first)):
             named: dict[str, Any] = {}
             nodes: dict[Node, None] = {}
-            if not _match((MUL, *order), y, named, nodes):
+            if not match((MUL, *order), y, named, nodes):
                 continue
             if any(user not in nodes for node in nodes if node is not y for user in node.users):
                 return None
             return _normed_by(named, row, [*nodes]) if factor == "weight" else _gated_by(named, row, [*nodes])
     return None
-
-
-def _match(steps: Steps, node: Any, named: dict[str, Any], nodes: dict[Node, None]) -> bool:
-    """Whether ``node`` is made by such steps; what names stand for, and nodes, are then added."""
-    if isinstance(steps, str):
-        return named.setdefault(steps, node) is node
-    if not isinstance(steps, tuple):
-        return steps == node
-    operator, *args = steps
-    if not isinstance(node, torch.fx.Node) or node.target is not operator or node.kwargs or len(node.args) != len(args):
-        return False
-    nodes.pop(node, None)  # what is met again comes behind all that use it
-    nodes[node] = None
-    return all(_match(arg, given, named, nodes) for arg, given in zip(args, node.args, strict=True))
 
 
 def _is(node: Any, shape: torch.Size, row: Tensor) -> bool:

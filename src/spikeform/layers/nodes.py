@@ -1,4 +1,4 @@
-"""Nodes of a graph that ``torch.compile`` made: what they stand for, and how one is added."""
+"""Nodes of a graph that ``torch.compile`` made: what they stand for, how some are found, and how one is added."""
 
 from __future__ import annotations
 
@@ -17,12 +17,29 @@ from spikeform.synapses import fused, rows
 OPS = torch.ops.spikeform  # as these define them
 DEFINED = neurons, fused, rows, layers
 Node = Any  # of torch.fx: what its arguments are is known from its operator
+Steps = Any  # an operator and its arguments, steps themselves; a list of steps; a name, of anything; or a constant
 DEVICES = {"cuda"}  # whose operators are put together
 
 
 def value(node: Any) -> Tensor:
     """The fake tensor that stands for what a node gives."""
     return node.meta["val"]
+
+
+def match(steps: Steps, node: Any, named: dict[str, Any], nodes: dict[Node, None]) -> bool:
+    """Whether ``node`` is made by such steps; what names stand for, and nodes, are then added."""
+    if isinstance(steps, str):
+        return named.setdefault(steps, node) == node
+    if isinstance(steps, list) and isinstance(node, list | tuple) and len(node) == len(steps):
+        return all(match(step, given, named, nodes) for step, given in zip(steps, node, strict=True))
+    if not isinstance(steps, tuple):
+        return steps == node
+    operator, *args = steps
+    if not isinstance(node, torch.fx.Node) or node.target is not operator or node.kwargs or len(node.args) != len(args):
+        return False
+    nodes.pop(node, None)  # what is met again comes behind all that use it
+    nodes[node] = None
+    return all(match(arg, given, named, nodes) for arg, given in zip(args, node.args, strict=True))
 
 
 def call(graph: Graph, target: Any, args: tuple) -> Node:
