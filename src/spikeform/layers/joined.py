@@ -1,10 +1,11 @@
-"""Products of one decoded row in a compiled graph, put together: fewer launches, the same numbers.
+"""Products of one decoded row, or of many, in a compiled graph, put together: fewer launches, the same numbers.
 
 Layers call an operator each: those of :mod:`spikeform.synapses.fused` encode their input, and multiply. A model that
 decodes token by token is a chain of such calls, and what lies between the products of weights takes as long as half of
 them. A pass over the graph that ``torch.compile`` made (Inductor, on a GPU) sees what a layer cannot:
 
-- products of one row and of one kind become one encoder and one product of several matrices;
+- products of one row and of one kind become one encoder and one product of several matrices; of many rows those of
+  GIF neurons do, whose matrices then meet one encoding;
 - a norm, a gate times its other factor, or attention, that goes nowhere else encodes what it leaves: of spikes, or
   plain ones before GIF neurons;
 - where the next thing is such a norm, a residual is added by the product;
@@ -31,13 +32,13 @@ from spikeform.layers.joined_cache import join_caches
 from spikeform.layers.joined_plain import Made, plain
 from spikeform.layers.nodes import DEFINED, OPS, Node, call, value
 from spikeform.native.operators import NAMESPACE
-from spikeform.synapses.rows import limbs_of
+from spikeform.synapses.rows import SKINNY, limbs_of, rows_of
 
 ADD = torch.ops.aten.add.Tensor
 
 
 class Product(NamedTuple):
-    """A product of one row in the graph, taken apart.
+    """A product of one row, or of many, in the graph, taken apart.
 
     Attributes:
         node: It.
@@ -77,8 +78,9 @@ def _oat_int(node: Node, x, weight, scale, bias, threshold, limit, resolution, r
 
 
 def _gif(node: Node, x, weight, scale, packed, zero, bias, _top, multiple, levels, steps) -> Product:
-    how = levels, steps, packed is not None
-    matrix = (weight, scale, None, bias) if packed is None else (packed, scale, zero, bias)
+    small = packed is not None and rows_of(value(x)) == 1
+    how = levels, steps, small
+    matrix = (packed, scale, zero, bias) if small else (weight, scale, None, bias)
     return Product(node, x, OPS.row_gif.default, (multiple,), how, matrix, (1, 1))
 
 
@@ -96,17 +98,19 @@ VIEWS = {torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.
 
 
 def product_of(node: Node) -> Product | None:
-    """A product of one row that its kernels take, or None."""
+    """A product of one row that its kernels take, or of many with GIF neurons; or None."""
     make = PRODUCTS.get(node.target)
     if make is None or node.kwargs:
         return None
     found = make(node, *node.args)
     x, weight = value(found.x), value(found.weight[0])
-    if x.device.type not in nodes.DEVICES or any(not isinstance(n, int) for n in x.shape) or x.numel() != x.shape[-1]:
+    if x.device.type not in nodes.DEVICES or any(not isinstance(n, int) for n in x.shape) or not x.numel():
+        return None
+    if rows_of(x) > 1 and (found.encoder is not OPS.row_gif.default or rows_of(x) <= SKINNY):
         return None
     whole = weight.shape[1] * weight.element_size() % 4 == 0 and x.shape[-1] % 4 == 0
     known = weight.dtype in (torch.int8, torch.uint8, torch.bfloat16, torch.float32)
-    return found if whole and known and weight.is_contiguous() and x.numel() else None
+    return found if whole and known and weight.is_contiguous() else None
 
 
 class Joined(CustomGraphPass):
@@ -173,7 +177,8 @@ def _join(graph: Graph, group: list[Product], order: dict[Node, int], normed: se
     for member in group[1:]:
         for node in (*member.neuron, *member.weight):
             _hoist(node, first.node, order)
-    lists = [[p.neuron[i] for p in group if p.neuron[i] is not None] for i in range(len(first.neuron))]
+    several = group if _differ(group) else group[:1]
+    lists = [[p.neuron[i] for p in several if p.neuron[i] is not None] for i in range(len(first.neuron))]
     matrices = [[p.weight[i] for p in group if p.weight[i] is not None] for i in range(4)]
     residual, total = _residual(group, order, normed)
     encoder, source, made = first.encoder, (x,), _made(x, group)
@@ -195,6 +200,14 @@ def _join(graph: Graph, group: list[Product], order: dict[Node, int], normed: se
     if made is not None:
         for node in made.nodes:
             graph.erase_node(node)
+
+
+def _differ(group: list[Product]) -> bool:
+    """Whether the neurons may: those of one step have one unit all."""
+    first = group[0]
+    if first.encoder is OPS.row_gif.default and first.how[1] == 1:
+        return False
+    return any(member.neuron != first.neuron for member in group)
 
 
 def _made(x: Node, group: list[Product]) -> Made | None:

@@ -1,11 +1,13 @@
-"""One decoded row in two operators, its encoding and its products: what one launch each can do for several matrices.
+"""Rows in two operators, their encoding and their products: what is done once for several matrices.
 
 The operators of :mod:`spikeform.synapses.fused` taken apart, so that matrices that meet the same row (queries, keys,
-values) are one product, and a norm or a gate encodes what it leaves. :mod:`spikeform.layers.joined` puts them into
-compiled graphs. There are kernels for GPUs alone (elsewhere Triton's interpreter runs them, in tests).
+values) meet one encoding, of one row are one product, and a norm or a gate encodes what it leaves.
+:mod:`spikeform.layers.joined` puts them into compiled graphs: of one decoded row, or, of GIF neurons, of many. There
+are kernels for GPUs alone (elsewhere Triton's interpreter runs them, in tests).
 
-Codes of P matrices are int32 ``[P, words]``, in a form that :mod:`spikeform.synapses.triton.row` knows. Each matrix has
-a neuron of its own. ``parts``: weights of a word of four bytes, 1 (fp32), 2 (bf16) or 4 (int8).
+Codes of P matrices and M rows are int32 ``[P M, words]``, in a form that :mod:`spikeform.synapses.triton.row` knows.
+Each matrix has a neuron of its own, or all have one (P is 1). ``parts``: weights of a word of four bytes, 1 (fp32), 2
+(bf16) or 4 (int8).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def words_of_oat(width: int, branches: int, limit: int, parts: int) -> int:
 
 
 def words_of_gif(width: int) -> int:
-    """Words of such a row: codes, a unit, and sums of SUMMED codes each."""
+    """Words of such a row: codes, a unit, and, of one row, sums of SUMMED codes each."""
     return whole(width // 4 + 1 + -(-width // SUMMED))
 
 
@@ -43,6 +45,12 @@ def whole(words: int) -> int:
     return -(-words // 4) * 4
 
 
+def rows_of(x: Tensor) -> int:
+    """Rows of the last axis, of a tensor that is not empty."""
+    return x.numel() // x.shape[-1]
+
+
+SKINNY = 64  # rows up to which a product is no product of large tiles
 SUMMED = 1024  # channels whose codes are summed together, of GIF neurons
 
 # Of those that encode a row: schemas.
@@ -60,7 +68,7 @@ def _oat_made(x: Tensor, *args) -> Tensor:
 
 
 def _gif(x: Tensor, multiples: Sequence[Tensor], levels: int, steps: int, packed: bool) -> Tensor:
-    return x.new_empty((len(multiples), words_of_gif(x.shape[-1])), dtype=torch.int32)
+    return x.new_empty((len(multiples) * rows_of(x), words_of_gif(x.shape[-1])), dtype=torch.int32)
 
 
 def _gif_made(x: Tensor, *args) -> Tensor:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from spikeform.neurons.triton.codes import rounded
 from spikeform.synapses.triton.launch import cdiv, meta
 from spikeform.synapses.triton.operands import await_inputs, multiply, release
 
@@ -45,13 +46,13 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _tile(source, row, k, rows, inner, TMA: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def _tile(source, row, k, rows, inner, pitch, TMA: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     if TMA:
         return source.load([row, k])
     else:
         r = row + tl.arange(0, HEIGHT)
         c = k + tl.arange(0, WIDTH)
-        at = source + r.to(tl.int64)[:, None] * inner + c[None, :]
+        at = source + r.to(tl.int64)[:, None] * pitch + c[None, :]
         return tl.load(at, (r < rows)[:, None] & (c < inner)[None, :], other=0)
 
 
@@ -62,14 +63,18 @@ def _gemm(
     scale,
     unit,
     bias,
+    residual,
     out,
     M,
     N,
     K,
+    pitch,
+    unit_pitch,
     PLANES: tl.constexpr,
     INTEGRAL: tl.constexpr,
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
     SPECIALISED: tl.constexpr,
@@ -79,7 +84,7 @@ def _gemm(
     GROUP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """``out [M, N]``; codes ``[PLANES M, K]``; SCALED: ``unit_row (scale sum)``."""
+    """``out [M, N]``; codes ``[PLANES M, K]``, ``pitch`` elements a row; SCALED: ``unit_row (scale sum)``."""
     release(OVERLAP)
     await_inputs(OVERLAP)
     down = tl.cdiv(M, BLOCK_M)
@@ -96,26 +101,29 @@ def _gemm(
         if SPECIALISED:  # one product a step: the compiler deals such steps out to warps
             for step in tl.range(0, tl.cdiv(K, BLOCK_K) * PLANES):
                 k = step // PLANES * BLOCK_K
-                w = _tile(weight, column, k, N, K, TMA, BLOCK_N, BLOCK_K)
-                c = _tile(codes, step % PLANES * M + row, k, PLANES * M, K, TMA, BLOCK_M, BLOCK_K)
+                w = _tile(weight, column, k, N, K, K, TMA, BLOCK_N, BLOCK_K)
+                c = _tile(codes, step % PLANES * M + row, k, PLANES * M, K, pitch, TMA, BLOCK_M, BLOCK_K)
                 sums = multiply(c, w.T, sums)
         else:
             for k in range(0, K, BLOCK_K):
-                w = _tile(weight, column, k, N, K, TMA, BLOCK_N, BLOCK_K)
+                w = _tile(weight, column, k, N, K, K, TMA, BLOCK_N, BLOCK_K)
                 for plane in tl.static_range(PLANES):
-                    c = _tile(codes, plane * M + row, k, PLANES * M, K, TMA, BLOCK_M, BLOCK_K)
+                    c = _tile(codes, plane * M + row, k, PLANES * M, K, pitch, TMA, BLOCK_M, BLOCK_K)
                     sums = multiply(c, w.T, sums)
         m = row + tl.arange(0, BLOCK_M)
         n = column + tl.arange(0, BLOCK_N)
         if SCALED:
             factor = tl.load(scale + n, n < N, other=0.0)[None, :]
-            y = sums.to(tl.float32) * factor * tl.load(unit + m, m < M, other=0.0)[:, None]
+            y = sums.to(tl.float32) * factor * tl.load(unit + m * unit_pitch, m < M, other=0.0)[:, None]
         else:
             y = sums
         if BIAS:
             y += tl.load(bias + n, n < N, other=0.0).to(tl.float32)[None, :]
-        place = out + m.to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(place, y.to(out.dtype.element_ty), (m < M)[:, None] & (n < N)[None, :])
+        place, live = m.to(tl.int64)[:, None] * N + n[None, :], (m < M)[:, None] & (n < N)[None, :]
+        if RESIDUAL:  # to what the product alone would have left
+            y = rounded(y, out.dtype.element_ty).to(tl.float32)
+            y = rounded(y + tl.load(residual + place, live, other=0.0).to(tl.float32), out.dtype.element_ty)
+        tl.store(out + place, y.to(out.dtype.element_ty), live)
 
 
 def gemm(
@@ -126,21 +134,23 @@ def gemm(
     bias: Tensor | None,
     out: Tensor,
     cut: Tile,
+    residual: Tensor | None = None,
 ) -> None:
     """``out [M, N] = codes W^T``, in ``out``'s dtype.
 
     Args:
-        codes: int8 ``[M, K]``, or bf16 ``[P, M, K]`` whose planes add up; contiguous.
+        codes: int8 ``[M, K]``, whose rows may lie apart, or bf16 ``[P, M, K]`` whose planes add up, contiguous.
         weight: ``[N, K]`` of the same dtype, contiguous.
         scale: fp32 ``[N]``: multiplies the sums, as ``unit`` then does; or None.
-        unit: fp32 ``[M]``.
-        bias: ``[N]``, added last; or None.
+        unit: fp32 ``[M]``, of any stride.
+        bias: ``[N]``, added then; or None.
         out: ``[M, N]``, contiguous.
         cut: The tiles.
+        residual: ``[M, N]``, contiguous, to be added to the result, which is rounded first; or None.
     """
     inner, (rows, columns) = codes.shape[-1], out.shape
-    flat = codes.view(-1, inner)
-    tma = inner * codes.element_size() % ALIGNED == 0 and all(t.data_ptr() % ALIGNED == 0 for t in (flat, weight))
+    flat = codes.flatten(0, -2)
+    tma = all(t.stride(0) * t.element_size() % ALIGNED == 0 == t.data_ptr() % ALIGNED for t in (flat, weight))
     tiles = cdiv(rows, cut.m) * cdiv(columns, cut.n)
     programs = min(tiles, _multiprocessors(codes.device)) if cut.persistent else tiles
     _gemm[(programs,)](
@@ -149,15 +159,19 @@ def gemm(
         out if scale is None else scale,
         out if unit is None else unit,
         out if bias is None else bias,
+        out if residual is None else residual,
         out,
         rows,
         columns,
         inner,
+        flat.stride(0),
+        1 if unit is None else unit.stride(0),
         **meta(
             PLANES=flat.shape[0] // rows,
             INTEGRAL=codes.dtype == torch.int8,
             SCALED=scale is not None,
             BIAS=bias is not None,
+            RESIDUAL=residual is not None,
             TMA=tma,
             FLATTEN=tma and cut.persistent and not cut.specialised,
             SPECIALISED=tma and cut.specialised,

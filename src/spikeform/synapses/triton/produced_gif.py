@@ -17,6 +17,7 @@ from spikeform.neurons.triton.codes import function as function_of
 from spikeform.neurons.triton.codes import gif_unit, inverse_sqrt, rounded
 from spikeform.synapses.rows import SUMMED
 from spikeform.synapses.triton.launch import cdiv, meta
+from spikeform.synapses.triton.many import GATE, NORM, encode_rows
 from spikeform.synapses.triton.operands import await_inputs, pick, release
 from spikeform.synapses.triton.row import gif_lines, put_gif
 
@@ -126,9 +127,11 @@ def row_norm_gif(
 ) -> Tensor:
     """Codes of an RMS norm ``x / sqrt(mean(x^2) + eps) * weight``, as :func:`~.row.row_gif` makes them.
 
-    The norm is fp32; it is rounded to the dtype of ``x`` ``[..., K]`` of one row, and so is its product with ``weight``
+    The norm is fp32; it is rounded to the dtype of ``x`` ``[..., K]``, and so is its product with ``weight``
     ``[K]`` of that dtype.
     """
+    if x.numel() > x.shape[-1]:
+        return encode_rows(x, weight, multiples, levels, steps, kind=NORM.value, eps=eps)
     x, width = x.contiguous(), x.shape[-1]
     out, how = gif_lines(width, multiples, steps, packed)
     with torch.cuda.device_of(x):
@@ -150,10 +153,12 @@ def row_norm_gif(
 def row_gated_gif(
     gate: Tensor, up: Tensor, function: str, multiples: Sequence[Tensor], levels: int, steps: int, packed: bool
 ) -> Tensor:
-    """Codes of ``function(gate) * up`` ``[..., K]`` of one row, as :func:`~.row.row_gif` makes them.
+    """Codes of ``function(gate) * up`` ``[..., K]``, as :func:`~.row.row_gif` makes them.
 
     The function, of :data:`spikeform.neurons.functions.FUNCTIONS`, is fp32, and rounded to the dtype of both.
     """
+    if gate.numel() > gate.shape[-1]:
+        return encode_rows(gate, up, multiples, levels, steps, kind=GATE.value, function=function)
     gate, up, width = gate.contiguous(), up.contiguous(), gate.shape[-1]
     out, how = gif_lines(width, multiples, steps, packed)
     with torch.cuda.device_of(gate):

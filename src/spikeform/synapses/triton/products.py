@@ -14,7 +14,7 @@ from torch import Tensor
 from spikeform.neurons.triton.gif import gif_integers
 from spikeform.neurons.triton.oat import oat_values
 from spikeform.synapses.fused import EVENT_ROWS
-from spikeform.synapses.rows import limbs_of
+from spikeform.synapses.rows import SKINNY, limbs_of
 from spikeform.synapses.triton import shapes
 from spikeform.synapses.triton.encode import excess_of, oat_limbs, oat_planes
 from spikeform.synapses.triton.event import event
@@ -26,7 +26,6 @@ from spikeform.synapses.triton.row import row_gif, row_oat
 from spikeform.synapses.triton.skinny import sums
 from spikeform.synapses.triton.stream import row_product
 
-SKINNY = 64  # most rows of a skinny product
 BLAS = 17  # least rows whose values, where one plane carries them, go to the library
 LIMB_ROWS = 128  # most rows of limbs of a skinny product
 LARGEST_ROW = 4096  # channels that the search for a row's range takes in one bite

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spikeform.synapses.rows import SUMMED, limbs_of, words_of_gif, words_of_oat
 from spikeform.synapses.triton.launch import cdiv, meta, next_power
+from spikeform.synapses.triton.many import encode_rows
 from spikeform.synapses.triton.operands import (
     await_inputs,
     drive,
@@ -208,10 +209,12 @@ def row_oat(
 
 
 def row_gif(x: Tensor, multiples: Sequence[Tensor], levels: int, steps: int, packed: bool) -> Tensor:
-    """A row of K channels through P groups of GIF neurons.
+    """A row of K channels, or many, through P groups of GIF neurons.
 
-    ``packed``: first the codes that meet low nibbles, then those that meet high ones.
+    ``packed``: of one row, first the codes that meet low nibbles, then those that meet high ones.
     """
+    if x.numel() > x.shape[-1]:
+        return encode_rows(x, None, multiples, levels, steps)
     x, width = x.contiguous(), x.shape[-1]
     out, how = gif_lines(width, multiples, steps, packed)
     with torch.cuda.device_of(x):

@@ -15,6 +15,7 @@ each), or one warp wide and there are more threads than words; else they go roun
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import triton
@@ -25,6 +26,7 @@ from spikeform.neurons.triton.codes import rounded
 from spikeform.synapses.rows import SUMMED
 from spikeform.synapses.triton import shapes
 from spikeform.synapses.triton.launch import ahead, cdiv, meta
+from spikeform.synapses.triton.many import row_products
 from spikeform.synapses.triton.operands import ask, await_inputs, dot4, pick, release, together
 
 BYTES, NIBBLES, BF16, FP32 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -207,7 +209,7 @@ def row_product(
     Sequences have an entry for each matrix; those of what there is not are empty.
 
     Args:
-        codes: What a function of :mod:`.row` made: int32 ``[P, words]``, P of the matrices.
+        codes: What a function of :mod:`.row` made: int32 ``[P M, words]``, P of the matrices or 1, M rows of each.
         weights: int8, bf16 or fp32 ``[N, K]``, or uint8 ``[N, K / 2]`` of
             :func:`spikeform.synapses.fused.pack_nibbles`; a row is whole words of four bytes.
         scales: fp32 ``[N]``, of integer weights.
@@ -215,10 +217,12 @@ def row_product(
         biases: ``[N]``.
         residual: ``[*lead, N]``, to be added to the result of the only matrix, which is rounded first; or None.
         dtype: Of the results.
-        lead: As many ones as the row had axes before its channels.
+        lead: The axes before channels; M of all, and where that is more than 1 weights are int8, and neurons GIF.
         branches: R; 1 of real weights.
         limbs: L; 1 of real weights.
     """
+    if prod(lead) > 1:
+        return row_products(codes, weights, scales, biases, residual, dtype, lead)
     words = tuple([weight.contiguous().view(torch.int32) for weight in weights])
     width, kind = words[0].shape[1], KINDS[weights[0].dtype]
     sizes = tuple([weight.shape[0] for weight in weights])
@@ -243,7 +247,7 @@ def row_product(
                 LIMBS=limbs,
                 PLANES=planes,
                 PARTS=cdiv(8 * width, SUMMED) if kind == NIBBLES.value else 0,
-                STRIDE=codes.shape[1],
+                STRIDE=codes.shape[1] if len(codes) > 1 else 0,
                 BIAS=len(biases) > 0,
                 RESIDUAL=residual is not None,
                 BLOCK_N=cut.n,

@@ -1,0 +1,184 @@
+# ruff: noqa: RUF005 (kernels know no unpacking into a tuple)
+"""Many rows, each encoded for GIF neurons once: for all matrices that meet it, by what makes it where that is plain.
+
+As :mod:`.row` and :mod:`.produced_gif` do it for one row, whose programs share its channels. Here a program has a few
+whole rows, in registers from when they are read; what differs from channel to channel is read once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spikeform.neurons.triton.codes import function as function_of
+from spikeform.neurons.triton.codes import gif_integer, gif_unit, inverse_sqrt, rounded, to_integer
+from spikeform.neurons.triton.tiles import chunks, within
+from spikeform.synapses.rows import words_of_gif
+from spikeform.synapses.triton.gemm import gemm
+from spikeform.synapses.triton.launch import cdiv, meta
+from spikeform.synapses.triton.operands import await_inputs, pick, release
+from spikeform.synapses.triton.shapes import int_tile
+
+GIVEN, NORM, GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+ELEMENTS, WARPS = 24576, 16  # of a program: 48 a thread
+FEW = 256  # rows up to which a program has one of them: there are processors for all
+
+
+@triton.jit
+def _rows(
+    first,
+    second,
+    multiples,
+    out,
+    rows,
+    K,
+    words,
+    eps,
+    levels,
+    steps,
+    KIND: tl.constexpr,
+    NAME: tl.constexpr,
+    PARTS: tl.constexpr,
+    STEPPED: tl.constexpr,
+    HIGH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """``first`` [rows, K] is encoded, or normed and multiplied with ``second`` [K], or the gate of ``second``."""
+    release(OVERLAP)
+    await_inputs(OVERLAP)
+    dtype: tl.constexpr = first.dtype.element_ty
+    row = tl.program_id(0) * HIGH + tl.arange(0, HIGH)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    at = row.to(tl.int64) * K + column
+    held = ()
+    for chunk in tl.static_range(CHUNKS):
+        live = (row < rows) & within(column, K, chunk, CHUNKS)
+        given = tl.load(first + at + chunk * BLOCK, live, other=0.0)
+        if KIND == GATE:
+            other = tl.load(second + at + chunk * BLOCK, live, other=0.0)
+            made = rounded(function_of(given.to(tl.float32), NAME), dtype).to(tl.float32) * other.to(tl.float32)
+            given = rounded(made, dtype)
+        held = held + (given,)
+    if KIND == NORM:
+        squares = tl.zeros((HIGH, BLOCK), tl.float32)
+        for chunk in tl.static_range(CHUNKS):
+            squares += held[chunk].to(tl.float32) * held[chunk].to(tl.float32)
+        scale = inverse_sqrt(tl.div_rn(tl.sum(squares, 1, keep_dims=True), K * 1.0) + eps)
+        normed = ()
+        for chunk in tl.static_range(CHUNKS):
+            gain = tl.load(second + chunk * BLOCK + column, within(column, K, chunk, CHUNKS), other=0.0)
+            made = rounded(held[chunk].to(tl.float32) * scale, dtype).to(tl.float32) * gain.to(tl.float32)
+            normed = normed + (rounded(made, dtype),)
+        held = normed
+    low = tl.zeros((HIGH, BLOCK), tl.float32)
+    high = low
+    for chunk in tl.static_range(CHUNKS):
+        low, high = tl.minimum(low, held[chunk].to(tl.float32)), tl.maximum(high, held[chunk].to(tl.float32))
+    low, high = tl.min(low, 1, keep_dims=True), tl.max(high, 1, keep_dims=True)
+    unit = gif_unit(low, high, levels, steps)
+    for part in tl.static_range(PARTS):
+        line = out + (part * rows + row).to(tl.int64) * words
+        for chunk in tl.static_range(CHUNKS):
+            exists = within(column, K, chunk, CHUNKS)
+            times = unit * 0.0 + 1.0
+            if STEPPED:
+                times = tl.load(pick(multiples, part) + chunk * BLOCK + column, exists, other=1.0)
+            code = gif_integer(held[chunk].to(tl.float32), low, unit, times, levels, steps)
+            place = line.to(tl.pointer_type(tl.int8)) + chunk * BLOCK + column
+            tl.store(place, to_integer(code, tl.int8), (row < rows) & exists)
+        tl.store(line + K // 4, unit.to(tl.int32, bitcast=True), row < rows)
+
+
+def encode_rows(
+    first: Tensor,
+    second: Tensor | None,
+    multiples: Sequence[Tensor],
+    levels: int,
+    steps: int,
+    *,
+    kind: int = GIVEN.value,
+    function: str = "",
+    eps: float = 0.0,
+) -> Tensor:
+    """Rows of K channels through P groups of GIF neurons: bytes, and the unit of each row behind them.
+
+    Args:
+        first: ``[..., K]``, K a multiple of 4: what is encoded, or of which that is made.
+        second: ``[K]`` of a norm, ``[..., K]`` of a gate.
+        multiples: fp32 ``[K]`` each.
+        levels: L.
+        steps: T.
+        kind: GIVEN; NORM, of root mean squares; GATE: ``function(first) * second``.
+        function: Of :data:`spikeform.neurons.functions.FUNCTIONS`.
+        eps: Of the norm.
+
+    Returns:
+        int32 ``[P M, words]``, M the number of rows: see :mod:`spikeform.synapses.rows`.
+    """
+    first, width = first.contiguous(), first.shape[-1]
+    rows, words, pieces = first.numel() // width, words_of_gif(width), chunks(width)
+    out = torch.empty((len(multiples) * rows, words), dtype=torch.int32, device=first.device)
+    held = pieces.block * pieces.count
+    high = 1 if rows <= FEW else max(1, 1 << (max(ELEMENTS // held, 1).bit_length() - 1))
+    high = min(high, triton.next_power_of_2(rows), 16)
+    with torch.cuda.device_of(first):
+        _rows[(cdiv(rows, high),)](
+            first,
+            first if second is None else second.contiguous(),
+            tuple(multiples),
+            out,
+            rows,
+            width,
+            words,
+            eps,
+            levels,
+            steps,
+            **meta(
+                KIND=kind,
+                NAME=function,
+                PARTS=len(multiples),
+                STEPPED=steps > 1,
+                HIGH=high,
+                BLOCK=pieces.block,
+                CHUNKS=pieces.count,
+                num_warps=min(pieces.warps(high), WARPS),
+                enable_fp_fusion=False,
+            ),
+        )
+    return out
+
+
+def row_products(
+    codes: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    lead: Sequence[int],
+) -> list[Tensor]:
+    """``unit_row (scale W codes) + bias``, ``[*lead, N]`` each: :func:`~.stream.row_product` of what is made here."""
+    lines, outs = codes.view(1 if len(codes) == prod(lead) else len(weights), prod(lead), -1), []
+    with torch.cuda.device_of(codes):
+        for i, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
+            (columns, inner), line = weight.shape, lines[i if len(lines) > 1 else 0]
+            out = codes.new_empty((*lead, columns), dtype=dtype)
+            gemm(
+                line.view(torch.int8)[:, :inner],
+                weight.contiguous(),
+                scale,
+                line.view(torch.float32)[:, inner // 4],
+                biases[i] if biases else None,
+                out.view(-1, columns),
+                int_tile(len(line)),
+                None if residual is None else residual.contiguous(),
+            )
+            outs.append(out)
+    return outs
