@@ -12,7 +12,8 @@ Decoding, batch 1, static cache of transformers' own length (prompt + new tokens
   the forward pass by itself (mode ``reduce-overhead``, here with ``fullgraph``); ``eager`` the same, not compiled;
 - ``step``: the same compiled forward pass alone, called again and again with what ``generate`` passes to it; median
   over rounds of the mean of 32 steps. ``difference`` is that of its logits from eager ones, over the largest logit.
-Prefill: one forward pass over ``--prefill`` tokens that fills a new dynamic cache and gives the last logits; median.
+Prefill: one forward pass over ``--prefill`` tokens that fills a new dynamic cache and gives the last logits, eager and
+compiled as ``spikeform.compile_config`` says; median.
 ``weight_bytes`` are those of all parameters and buffers but the input embedding (unless it is the head too): what a
 token has to read; ``GB_per_s`` is that over the time of a ``step``.
 """
@@ -241,7 +242,8 @@ def prefill(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     ids = torch.randint(model.config.vocab_size, (1, args.prefill), device=args.device)
     runs = {"eager": model.__call__}
     if not args.no_compiled_prefill:
-        runs["compiled"] = torch.compile(model.__call__, fullgraph=True, dynamic=False, mode="reduce-overhead")
+        how = spikeform.compile_config(model, together=not args.apart).to_dict()
+        runs["compiled"] = torch.compile(model.__call__, **how | {"dynamic": False})
     for name, run in runs.items():
         begin = time.perf_counter()
         for _ in range(2):
@@ -257,6 +259,7 @@ def prefill(model: Any, args: argparse.Namespace) -> dict[str, Any]:
             gaps += marks.gaps()
         row[name] = summary(gaps)
         if args.profile:
+            print(f"{args.one}: prefill, {name}", file=sys.stderr)
             profile(lambda run=run: run(input_ids=ids, use_cache=True, logits_to_keep=1), args.device)
     return row
 
@@ -303,11 +306,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         row["model_GiB"] = round(torch.cuda.memory_allocated() / 2**30, 3)
-    row["decode"] = decoding(model, args)
-    row["weight_bytes"] = weight_bytes(model)
-    row["GB_per_s"] = round(row["weight_bytes"] / row["decode"]["step"]["ms"] / 1e6, 1)
-    if cuda:
-        row["decode_peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    if not args.prefill_only:
+        row["decode"] = decoding(model, args)
+        row["weight_bytes"] = weight_bytes(model)
+        row["GB_per_s"] = round(row["weight_bytes"] / row["decode"]["step"]["ms"] / 1e6, 1)
+        if cuda:
+            row["decode_peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
     torch._dynamo.reset()  # else the new length would be compiled as a dynamic one
     gc.collect()
     if cuda:
@@ -358,6 +362,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no variant, and end one, after these")
     parser.add_argument("--profile", action="store_true", help="print kernels by time")
     parser.add_argument("--brief", action="store_true", help="the compiled step alone: no generate, no prefill")
+    parser.add_argument("--prefill-only", action="store_true", help="no decoding")
     parser.add_argument("--apart", action="store_true", help="compiled as layers are, nothing put together")
     parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU")
     parser.add_argument("--one", choices=list(VARIANTS), help=argparse.SUPPRESS)

@@ -213,7 +213,7 @@ def test_lengths_move_on():
 def converted(method, **settings):
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig(**sizes, num_hidden_layers=1, intermediate_size=192, max_position_embeddings=32)
+    config = LlamaConfig(**sizes, num_hidden_layers=1, intermediate_size=192, max_position_embeddings=96)
     model = LlamaForCausalLM(config).eval().to(DEVICE)
     ids = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(1))
     return spikeform.convert(model, getattr(spikeform, method)(**settings), ids)
@@ -221,6 +221,22 @@ def converted(method, **settings):
 
 def operators(graph):
     return Counter(n.target.name().partition("::")[2] for n in graph.nodes if str(n.target).startswith("spikeform"))
+
+
+def take(together, seen):
+    """A compiler that has the pass put together what it finds, and notes the operators of each graph."""
+
+    def compiled(module, _inputs):
+        if together:
+            joined.Joined(0)(module.graph)
+            module.graph.lint()
+            module.recompile()
+            assert all(n.target in lowerings for n in module.graph.nodes if str(n.target).startswith("spikeform"))
+        seen.append(operators(module.graph))
+        return make_boxed_func(module.forward)
+
+    as_inductor = {"decompositions": select_decomp_table(), "keep_inference_input_mutations": True}
+    return aot_autograd(fw_compiler=compiled, **as_inductor)
 
 
 @fused
@@ -238,27 +254,12 @@ def test_a_compiled_step(method, settings):
         pytest.skip(dispatch.kernels(DEVICE)[1])
     model = converted(method, **settings)
     ids = torch.randint(64, (1, 7), generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    seen = []
-
-    def take(together):
-        def compiled(module, _inputs):
-            if together:
-                joined.Joined(0)(module.graph)
-                module.graph.lint()
-                module.recompile()
-                assert all(n.target in lowerings for n in module.graph.nodes if str(n.target).startswith("spikeform"))
-            seen.append(operators(module.graph))
-            return make_boxed_func(module.forward)
-
-        as_inductor = {"decompositions": select_decomp_table(), "keep_inference_input_mutations": True}
-        return aot_autograd(fw_compiler=compiled, **as_inductor)
-
-    logits, caches = [], []
+    seen, logits, caches = [], [], []
     for together in (False, True):
         past = StaticCache(config=model.config, max_cache_len=12)
         model(input_ids=ids[:, :5], past_key_values=past)
         torch.compiler.reset()
-        step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=take(together))
+        step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=take(together, seen))
         logits.append([step(input_ids=ids[:, t : t + 1], past_key_values=past).logits for t in (5, 6)])
         caches.append(past.layers[0].keys.clone())
     apart, whole = seen  # each compiled once, for both tokens
@@ -269,6 +270,29 @@ def test_a_compiled_step(method, settings):
     assert whole == Counter(row_product=4, advance=1, **(las if method == "LAS" else gif))
     assert torch.allclose(torch.cat(logits[0]), torch.cat(logits[1]), atol=1e-3, rtol=1e-3)
     assert (caches[0] != caches[1]).float().mean() < 0.01
+
+
+@fused
+@pytest.mark.parametrize("steps", [1, 2])
+@torch.no_grad()
+def test_a_compiled_prompt(steps):
+    """Many rows, of GIF neurons: as they were apart, but for codes that a last bit of a norm decides."""
+    if not dispatch.kernels(DEVICE)[0]:
+        pytest.skip(dispatch.kernels(DEVICE)[1])
+    salient = {"salient": 0.1} if steps > 1 else {}
+    model = converted("SpikeLLM", pipeline="rtn", bits=4, weight_bits=4, steps=steps, **salient)
+    ids = torch.randint(64, (1, 70), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    seen, logits = [], []
+    for together in (False, True):
+        torch.compiler.reset()
+        run = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=take(together, seen))
+        logits.append(run(input_ids=ids, use_cache=True).logits)
+    apart, whole = seen
+    assert apart["gif_linear"] == 7
+    many = {"row_norm_gif": 2, "row_gated_gif": 1, "row_gif": 1, "row_product": 4, "gif_pack": 2, "gif_attention": 1}
+    assert whole == many
+    rows = (logits[0] - logits[1]).abs().amax(-1)[0]
+    assert (rows < 1e-4).float().mean() > 0.9
 
 
 @needs_triton

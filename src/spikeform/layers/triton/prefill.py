@@ -70,12 +70,12 @@ def attend(
         dense_values, value_units = tiles.unpack(v, rule.value, size, span, torch.bfloat16)
         known = values, *seen[:2], mask.least, scaling, rule.peak, *sizes, *q.stride()[:3], *places, *seen[2:]
         run(
-            prefill_gif._sums, grid, q, q_unit, dense_keys, key_units, value_units, tops, shares, *known,
+            prefill_gif._tops, grid, q, q_unit, dense_keys, key_units, value_units, tops, *known,
             value_units.stride(0), SIZE=size, maxnreg=REGISTERS, **constants,
         )  # fmt: skip
         run(
-            prefill_gif._context, grid, q, q_unit, dense_keys, key_units, dense_values, value_units, tops, shares, out,
-            *known, SIZE=size, **constants,
+            prefill_gif._context, grid, q, q_unit, dense_keys, key_units, dense_values, value_units, tops, out, *known,
+            SIZE=size, **constants,
         )  # fmt: skip
         return
     queries = encode_oat(q, rule, two)

@@ -1,9 +1,8 @@
 """Prefill with GIF populations: two kernels, each of which finds the integer scores anew.
 
 Scores s are in units of log 2. With u the unit of a key's value, a row's codes are ``round(peak 2^(s - top) u)``, top
-being the largest ``s + log2 u``: the largest probability, in the values' units, has the code ``peak``. The sum of the
-terms is needed only for the unit of the result, ``1 / (peak sum 2^(s - top))``. ``_sums`` finds both in one pass: its
-reference grows with the largest term so far, and the sum is rescaled. ``_context`` sums codes times values.
+being the largest ``s + log2 u``: the largest probability, in the values' units, has the code ``peak``. ``_tops`` finds
+it. ``_context`` sums codes times values, and the terms too: the unit of the result is ``1 / (peak sum 2^(s - top))``.
 """
 
 from __future__ import annotations
@@ -36,14 +35,13 @@ def _queries(q, row_units, scaling, pair, heads, first, length, q_b, q_h, q_l, M
 
 
 @triton.jit(do_not_specialize=["length", "m_b", "m_h", "f_b", "f_h"])
-def _sums(
+def _tops(
     q,
     row_units,
     k,
     k_units,
     v_units,
     tops,
-    shares,
     mask,
     flags,
     bits,
@@ -86,22 +84,17 @@ def _sums(
     )
     run, biased = tiles.runs(flags, pair, heads, f_b, f_h, tile, keys, MASKED, N, TILES)
 
-    top = tl.full((M,), float("-inf"), tl.float32)
-    total = tl.zeros((M,), tl.float32)
+    terms = tl.full((M, N), float("-inf"), tl.float32)  # the largest that each place of a tile has met
     for part in tl.static_range(3 if MASKED else 2):
         for i in tl.range(0, tiles.count(part, run, biased), num_stages=STAGES):
             t = tiles.nth(part, i, run)
             score = _products(code, k, k_units, t, N) * unit[:, None]
             score = tiles.masked(part, score, t, where, MASKED)
-            higher = tl.maximum(top, tl.max(score + tl.load(logs + t * N + tl.arange(0, N))[None, :], 1))
-            finite = tl.where(higher > float("-inf"), higher, 0.0)  # where nothing is seen yet all terms are zero
-            total = total * tl.exp2(top - finite) + tl.sum(tl.exp2(score - finite[:, None]), 1)
-            top = higher
+            terms = tl.maximum(terms, score + tl.load(logs + t * N + tl.arange(0, N))[None, :])
     row = first + tl.arange(0, M)
-    at = pair.to(tl.int64) * length + row
-    seen = total > 0.0
-    tl.store(tops + at, tl.where(seen, top, 0.0), row < length)
-    tl.store(shares + at, tl.where(seen, tl.div_rn(1.0, tl.where(seen, total, 1.0) * peak), 0.0), row < length)
+    top = tl.max(terms, 1)
+    # Where no key is seen all terms are zero.
+    tl.store(tops + pair.to(tl.int64) * length + row, tl.where(top > float("-inf"), top, 0.0), row < length)
 
 
 @triton.jit(do_not_specialize=["length", "m_b", "m_h", "f_b", "f_h"])
@@ -113,7 +106,6 @@ def _context(
     v,
     v_units,
     tops,
-    shares,
     out,
     mask,
     flags,
@@ -161,14 +153,19 @@ def _context(
     run, biased = tiles.runs(flags, pair, heads, f_b, f_h, tile, keys, MASKED, N, TILES)
 
     sums = tl.zeros((M, E), tl.float32)
+    total = tl.zeros((M, N), tl.float32)
     for part in tl.static_range(3 if MASKED else 2):
         for i in tl.range(0, tiles.count(part, run, biased), num_stages=STAGES):
             t = tiles.nth(part, i, run)
             score = _products(code, k, k_units, t, N) * unit[:, None] - top[:, None]
             score = tiles.masked(part, score, t, where, MASKED)
             step = tl.load(v_units + t * N + tl.arange(0, N)) * peak
-            high, low = tiles.planes(codes.round_even(tl.exp2(score) * step[None, :]))
+            term = tl.exp2(score)
+            total += term
+            high, low = tiles.planes(codes.round_even(term * step[None, :]))
             value = tiles.matrix(v, t, N, E)
             sums = tiles.dot(low, value, tiles.dot(high, value, sums))
-    share = tl.load(shares + at, row < length, other=0.0)
+    whole = tl.sum(total, 1)
+    seen = whole > 0.0
+    share = tl.where(seen, tl.div_rn(1.0, tl.where(seen, whole, 1.0) * peak), 0.0)
     tiles.store(out, sums * share[:, None], pair, heads, first, length, SIZE)
