@@ -282,15 +282,20 @@ def test_a_compiled_prompt(steps):
     salient = {"salient": 0.1} if steps > 1 else {}
     model = converted("SpikeLLM", pipeline="rtn", bits=4, weight_bits=4, steps=steps, **salient)
     ids = torch.randint(64, (1, 70), generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    seen, logits = [], []
+    seen, logits, caches = [], [], []
     for together in (False, True):
         torch.compiler.reset()
         run = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=take(together, seen))
-        logits.append(run(input_ids=ids, use_cache=True).logits)
+        found = run(input_ids=ids, use_cache=True)
+        logits.append(found.logits)
+        caches.append([found.past_key_values.layers[0].keys, found.past_key_values.layers[0].values])
     apart, whole = seen
     assert apart["gif_linear"] == 7
-    many = {"row_norm_gif": 2, "row_gated_gif": 1, "row_gif": 1, "row_product": 4, "gif_pack": 2, "gif_attention": 1}
+    many = {"row_norm_gif": 2, "row_gated_gif": 1, "row_gif": 1, "row_product": 4, "gif_prompt": 1}
     assert whole == many
+    for before, after in zip(*caches, strict=True):
+        assert after.shape == before.shape
+        assert (after != before).float().mean() < 0.01
     rows = (logits[0] - logits[1]).abs().amax(-1)[0]
     assert (rows < 1e-4).float().mean() > 0.9
 

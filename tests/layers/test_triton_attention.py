@@ -5,6 +5,7 @@ Without a CUDA device the same tests run on Triton's interpreter, in a process o
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kernels import DEVICE, INTERPRETED, fused, let_bounds_be_scalars, needs_triton, not_interpreted, on_the_interpreter
 from spikeform.layers import SpikingAttention
@@ -222,6 +223,32 @@ def test_rotated_queries_have_the_codes_of_the_neuron(size, dtype):
     apart = (found[..., :size].int() - expected.int()).abs()
     assert int(apart.max()) <= 1  # a sum in another order may lie on the other side of an edge
     assert float((apart > 0).float().mean()) < 1e-3
+
+
+@fused
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("length", "size", "heads", "groups", "steps"), [(70, 40, 9, 3, 2), (20, 64, 2, 2, 1)])
+@torch.no_grad()
+def test_a_prompt_is_turned_and_encoded_on_the_way(length, size, heads, groups, steps, dtype):
+    from spikeform.layers.triton.attention import gif_attention
+    from spikeform.layers.triton.prompt import gif_prompt
+    from spikeform.neurons.triton.gif import gif_pack
+
+    case = Case(length, length, size, heads, groups, dtype)
+    spiking = gif_layer(case, steps, False)
+    angle = torch.randn(2, 1, length, size // 2, generator=case.generator).repeat(1, 1, 1, 2)
+    turn = [f(angle).to(DEVICE, dtype) for f in (torch.cos, torch.sin)]
+    query, key = apply_rotary_pos_emb(case.q, case.k, *(x[:, 0] for x in turn))
+    neurons = spiking.query, spiking.key, spiking.value
+    q_table, k_table, v_table = tables = [(n.tables().top, n.tables().multiple, n.steps) for n in neurons]
+    last = spiking.query.levels, spiking.probability.coding.limit
+    packed = [gif_pack(x, *t[:2], last[0], t[2]) for x, t in ((key, k_table), (case.v, v_table))]
+    flat = [x for table in tables for x in table]
+    wanted = gif_attention(query, *packed, case.mask, case.scaling, None, *flat, *last)
+    multiples = [x for table in tables for x in table[1:]]
+    found, *caches = gif_prompt(case.q, case.k, case.v, *turn, case.mask, case.scaling, *multiples, *last)
+    assert all(torch.equal(a, b) for a, b in zip(caches, packed, strict=True))
+    assert torch.equal(found, wanted)
 
 
 @fused

@@ -47,6 +47,21 @@ gif_attention = _define(
     " int v_steps, int levels, int peak) -> Tensor",
     _context,
 )
+
+
+def _prompt(q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+    return _context(q), *[x.new_empty((*x.shape[:-1], x.shape[-1] + 4), dtype=torch.int8) for x in (k, v)]
+
+
+# The same of keys and values that are all there are, real [B, G, L, E], queries and keys of which are turned by cos and
+# sin [B or 1, 1, L, E] first (rotary embedding by halves); and what the neurons pack of keys and values.
+gif_prompt = define(
+    "gif_prompt(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? mask, float scaling, Tensor q_multiple,"
+    " int q_steps, Tensor k_multiple, int k_steps, Tensor v_multiple, int v_steps, int levels, int peak)"
+    " -> (Tensor, Tensor, Tensor)",
+    _prompt,
+    *["spikeform.layers.triton.prompt:gif_prompt"] * 2,
+)
 # SpikingSelfAttention; here k and v are real too, [B, G, L, E]. seen bool [B, L], or None: no padding. state fp32
 # [T, B, G, E, E], which moves on, or None: none before, and none is kept; number int64 [B + 1]: first of all the keys
 # in it of each row, or None: none. windows: those of the key/value heads, 0 where there is none, which come last; with

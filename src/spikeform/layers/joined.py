@@ -10,7 +10,8 @@ them. A pass over the graph that ``torch.compile`` made (Inductor, on a GPU) see
   plain ones before GIF neurons;
 - where the next thing is such a norm, a residual is added by the product;
 - keys and values of one token are turned by their position (so are queries), encoded and put into their cache by one
-  operator, and the lengths of all caches move on in one.
+  operator, and the lengths of all caches move on in one;
+- so are those of a prompt before GIF neurons, by the operator that then attends.
 
 Modules, checkpoints and models that are not compiled know nothing of it; what a hook changes is in the graph. Sums are
 the same in the same order. A norm sums its squares in another: a code may differ where a last bit decides.
@@ -27,9 +28,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._ops import OpOverload
 from torch.fx import Graph
 
-from spikeform.layers import joined_cache, joined_plain, nodes
+from spikeform.layers import joined_cache, joined_plain, joined_prompt, nodes
 from spikeform.layers.joined_cache import join_caches
 from spikeform.layers.joined_plain import Made, plain
+from spikeform.layers.joined_prompt import join_prompts
 from spikeform.layers.nodes import DEFINED, OPS, Node, call, value
 from spikeform.native.operators import NAMESPACE
 from spikeform.synapses.rows import SKINNY, limbs_of, rows_of
@@ -144,6 +146,7 @@ class Joined(CustomGraphPass):
             if not group or all(_early(x, group[0].node, order) for x in (*found.neuron, *found.weight)):
                 group.append(found)
         join_caches(graph)
+        join_prompts(graph)
         made = [_made(group[0].x, group) for group in groups.values()]
         normed = {found.source[0] for found in made if found and found.encoder is OPS.row_norm_gif.default}
         for group in groups.values():
@@ -152,7 +155,7 @@ class Joined(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """Graphs that were compiled with this pass are kept apart from others."""
-        modules = *DEFINED, joined_cache, joined_plain, nodes
+        modules = *DEFINED, joined_cache, joined_plain, joined_prompt, nodes
         return get_hash_for_files((__file__, *(module.__file__ for module in modules))) + bytes([self.together])
 
 

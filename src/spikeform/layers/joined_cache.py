@@ -79,7 +79,7 @@ def _put(node: Any, attention: Node, pack: Any) -> Put | None:
 
 
 class Turn(NamedTuple):
-    """``x cos + (-second half, first half) sin`` of heads ``[B, H, 1, E]``: nodes."""
+    """``x cos + (-second half, first half) sin`` of heads ``[B, H, L, E]``: nodes."""
 
     x: Node
     cos: Node
@@ -98,7 +98,7 @@ def _turn(node: Any) -> Turn | None:
     if not known or size != 2 * half or behind < size or not {named["dim"], named["axis"]} <= {3, -1} or x.ndim != 4:
         return None
     alike = len({t.dtype for t in (x, *given, value(node))}) == 1
-    fits = all(t.shape in ((1, 1, 1, size), (x.shape[0], 1, 1, size)) and t.stride(3) == 1 for t in given)
+    fits = all(t.shape in [(n, 1, x.shape[2], size) for n in (1, x.shape[0])] and t.stride(3) == 1 for t in given)
     return turn if alike and fits else None
 
 

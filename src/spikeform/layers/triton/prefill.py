@@ -10,7 +10,7 @@ Exponentials are the bare hardware instruction's (2^-22), which moves a code onl
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,33 +51,23 @@ def attend(
         out: Contiguous.
         form: Sizes; None: what suits.
     """
+    if isinstance(rule, Counts):
+        form = form or form_of(out.shape[1], padded(size), False)
+        span = span_of(k.codes.shape[2], form)
+        keys = tiles.unpack(k, rule.key, size, span, torch.int8)
+        values = tiles.unpack(v, rule.value, size, span, torch.bfloat16)
+        attend_integers(q, q_unit, keys, values, k.codes.shape[2], mask, scaling, rule.peak, size, out, form)
+        return
     batch, length, heads, _ = out.shape
     groups, keys = k.codes.shape[1:3]
     one, two = variants(rule, q.dtype)
     form = form or form_of(length, padded(size), two)
-    multiple = max(form.keys, tiles.KEYS)
-    span = cdiv(keys, multiple) * multiple
+    span = span_of(keys, form)
     seen = tiles.look(mask, length, keys, form.rows, form.keys, out.device)
     values = q if mask.values is None else mask.values
     tops, shares = torch.empty((2, batch, heads, length), dtype=torch.float32, device=out.device)
     grid, sizes, places = (batch * heads, cdiv(length, form.rows)), (heads, groups, length, keys, span), mask.places
-    constants = {
-        "MASKED": mask.values is not None, "E": padded(size), "M": form.rows, "N": form.keys,
-        "TILES": max(pow2(seen.flags.shape[-1]), TILES), "STAGES": form.stages, "num_warps": form.warps,
-    }  # fmt: skip
-    if isinstance(rule, Counts):
-        dense_keys, key_units = tiles.unpack(k, rule.key, size, span, torch.int8)
-        dense_values, value_units = tiles.unpack(v, rule.value, size, span, torch.bfloat16)
-        known = values, *seen[:2], mask.least, scaling, rule.peak, *sizes, *q.stride()[:3], *places, *seen[2:]
-        run(
-            prefill_gif._tops, grid, q, q_unit, dense_keys, key_units, value_units, tops, *known,
-            value_units.stride(0), SIZE=size, maxnreg=REGISTERS, **constants,
-        )  # fmt: skip
-        run(
-            prefill_gif._context, grid, q, q_unit, dense_keys, key_units, dense_values, value_units, tops, out, *known,
-            SIZE=size, **constants,
-        )  # fmt: skip
-        return
+    constants = constants_of(mask, seen, size, form)
     queries = encode_oat(q, rule, two)
     dense_keys, _ = tiles.unpack(k, rule.key, size, span, torch.bfloat16, two)
     dense_values, _ = tiles.unpack(v, rule.value, size, span, torch.bfloat16, two)
@@ -101,7 +91,56 @@ def attend(
         )  # fmt: skip
 
 
-def variants(rule: Populations | Counts, dtype: torch.dtype) -> tuple[bool, bool]:
+def attend_integers(
+    q: Tensor,
+    q_unit: Tensor,
+    k: tuple[Tensor, Tensor],
+    v: tuple[Tensor, Tensor],
+    keys: int,
+    mask: Mask,
+    scaling: float,
+    peak: int,
+    size: int,
+    out: Tensor,
+    form: Form,
+) -> None:
+    """:func:`attend` of GIF populations, on what :func:`~.tiles.unpack` makes of keys and values, S of them."""
+    batch, length, heads, _ = out.shape
+    (dense_keys, key_units), (dense_values, value_units) = k, v
+    groups, span = key_units.shape[-2:]
+    seen = tiles.look(mask, length, keys, form.rows, form.keys, out.device)
+    tops = torch.empty((batch, heads, length), dtype=torch.float32, device=out.device)
+    grid = batch * heads, cdiv(length, form.rows)
+    known = (
+        q if mask.values is None else mask.values, *seen[:2], mask.least, scaling, peak, heads, groups, length, keys,
+        span, *q.stride()[:3], *mask.places, *seen[2:],
+    )  # fmt: skip
+    constants = constants_of(mask, seen, size, form)
+    run(
+        prefill_gif._tops, grid, q, q_unit, dense_keys, key_units, value_units, tops, *known, value_units.stride(0),
+        SIZE=size, maxnreg=REGISTERS, **constants,
+    )  # fmt: skip
+    run(
+        prefill_gif._context, grid, q, q_unit, dense_keys, key_units, dense_values, value_units, tops, out, *known,
+        SIZE=size, **constants,
+    )  # fmt: skip
+
+
+def constants_of(mask: Mask, seen: tiles.Looked, size: int, form: Form) -> dict[str, Any]:
+    """What kernels are compiled for."""
+    return {
+        "MASKED": mask.values is not None, "E": padded(size), "M": form.rows, "N": form.keys,
+        "TILES": max(pow2(seen.flags.shape[-1]), TILES), "STAGES": form.stages, "num_warps": form.warps,
+    }  # fmt: skip
+
+
+def span_of(keys: int, form: Form) -> int:
+    """Keys of matrices that are whole tiles."""
+    multiple = max(form.keys, tiles.KEYS)
+    return cdiv(keys, multiple) * multiple
+
+
+def variants(rule: Populations, dtype: torch.dtype) -> tuple[bool, bool]:
     """Whether one bf16 may hold what codes of queries, keys and values stand for, and whether it may take two.
 
     Where both may be, the thresholds decide, and only the device knows them.
@@ -110,8 +149,6 @@ def variants(rule: Populations | Counts, dtype: torch.dtype) -> tuple[bool, bool
         rule: What encodes.
         dtype: Of real queries, and so of the keys and values that were encoded.
     """
-    if isinstance(rule, Counts):
-        return True, False
     if rule.limit > BF16:
         # A limit of 8 significant bits belongs to thresholds that are powers of two: codes are then as short as inputs.
         low = rule.limit & -rule.limit

@@ -1,0 +1,63 @@
+"""Attention with GIF neurons on a prompt that begins a cache, in a compiled graph.
+
+One operator turns queries and keys by their positions, encodes them and the values, and attends. It gives back what the
+cache then holds: no copies of keys and values lie between.
+"""
+
+from __future__ import annotations
+
+from operator import getitem
+from typing import Any
+
+import torch
+from torch.fx import Graph
+
+from spikeform.layers import joined_cache, nodes
+from spikeform.layers.nodes import OPS, Node, call, value
+from spikeform.synapses.rows import SKINNY
+
+CLONE = torch.ops.aten.clone.default
+
+
+def join_prompts(graph: Graph) -> None:
+    """One operator for each attention of GIF neurons on keys that no cache held before."""
+    for node in list(graph.nodes):
+        if node.target is OPS.gif_attention.default:
+            _join(graph, node)
+
+
+def _packed(node: Any, attention: Node) -> Node | None:
+    """The operator that packs what ``attention`` reads, if nobody else has it but who is told at the end."""
+    pack = node.args[0] if node.target is CLONE and len(node.args[0].users) == 1 else node
+    ends = {user for user in node.users if user.op == "output"}
+    return pack if pack.target is OPS.gif_pack.default and set(node.users) == {attention, *ends} else None
+
+
+def _join(graph: Graph, attention: Node) -> None:
+    query, keys, values, mask, scaling, signs, _, q_multiple, q_steps, *rest = attention.args
+    packs = _packed(keys, attention), _packed(values, attention)
+    if signs is not None or packs[0] is None or packs[1] is None or keys is values or len(query.users) > 1:
+        return
+    turns = joined_cache._turn(query), joined_cache._turn(packs[0].args[0])
+    if turns[0] is None or turns[1] is None or not joined_cache._same(*turns):
+        return
+    q, k, v = value(turns[0].x), value(turns[1].x), value(packs[1].args[0])
+    if q.device.type not in nodes.DEVICES or not (k.shape == v.shape and k.dtype == v.dtype) or q.shape[2] <= SKINNY:
+        return
+    if q.shape[3] % 8 or any(not isinstance(n, int) for n in (*q.shape, *k.shape)):
+        return
+    how = [pack.args[1:] for pack in packs]
+    _, k_multiple, k_steps, _, v_multiple, v_steps, levels, _peak = rest
+    if [x[1:] for x in how] != [(k_multiple, levels, k_steps), (v_multiple, levels, v_steps)]:
+        return
+    given = turns[0].x, turns[1].x, packs[1].args[0], turns[0].cos, turns[0].sin, mask, scaling
+    tables = q_multiple, q_steps, k_multiple, k_steps, v_multiple, v_steps, *rest[-2:]
+    with graph.inserting_before(attention):
+        outs = call(graph, OPS.gif_prompt.default, (*given, *tables))
+        parts = [call(graph, getitem, (outs, i)) for i in range(3)]
+    attention.replace_all_uses_with(parts[0])
+    graph.erase_node(attention)
+    for node, part in zip((keys, values), parts[1:], strict=True):
+        node.replace_all_uses_with(part)
+    for node in (query, keys, values):
+        joined_cache._erase(graph, node)

@@ -1,0 +1,184 @@
+"""Queries, keys and values of a prompt, turned by their positions and encoded by one launch; then their attention.
+
+What :mod:`.query`, :mod:`.tiles` and :mod:`spikeform.neurons.triton.gif` do one after the other, where no key was in the
+cache before: keys and values leave as the cache holds them and as matrices for tensor cores, and queries as codes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spikeform.layers.triton.operands import Mask, cdiv, dense, padded, pow2
+from spikeform.layers.triton.prefill import attend_integers, form_of, span_of
+from spikeform.neurons.triton.codes import gif_integer, gif_unit, inverse_power, rounded, to_integer
+from spikeform.neurons.triton.gif import UNIT_BYTES
+from spikeform.synapses.triton.launch import meta
+from spikeform.synapses.triton.operands import await_inputs, pick, release
+
+ROWS, HEADS = 16, 8  # of a program: tokens, and heads one after the other, which are turned alike
+VALUES = tl.constexpr(2)
+
+
+@triton.jit
+def _encode(
+    given,
+    turn,
+    tables,
+    codes,
+    values,
+    packed,
+    query_units,
+    units,
+    levels,
+    steps,
+    heads,
+    length,
+    span,
+    plane,
+    given_b,
+    given_h,
+    given_l,
+    turn_b,
+    turn_l,
+    table_h,
+    BANDS,
+    STEPPED: tl.constexpr,
+    SIZE: tl.constexpr,
+    E: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Tuples have an entry each for queries, keys and values; those of what is left of the last two alone, two.
+
+    ``codes``: int8 in common units, of queries ``[B, H, L, E]`` and keys ``[B, G, span, E]``; ``values``: bf16 alike.
+    """
+    release(OVERLAP)
+    await_inputs(OVERLAP)
+    which = tl.program_id(2)
+    kept = tl.maximum(which, 1) - 1
+    batch, first = (tl.program_id(1) // BANDS).to(tl.int64), tl.program_id(1) % BANDS * HEADS
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    e = tl.arange(0, HALF)[None, :]
+    inside = e < SIZE // 2
+    along = turn[0] + batch * turn_b[0] + row.to(tl.int64) * turn_l[0] + e
+    across = turn[1] + batch * turn_b[1] + row.to(tl.int64) * turn_l[1] + e
+    turned = (row < length) & inside & (which < VALUES)  # values are turned by nothing
+    cos0 = tl.load(along, turned, other=1.0).to(tl.float32)
+    cos1 = tl.load(along + SIZE // 2, turned, other=1.0).to(tl.float32)
+    sin0 = tl.load(across, turned, other=0.0).to(tl.float32)
+    sin1 = tl.load(across + SIZE // 2, turned, other=0.0).to(tl.float32)
+    of, most = pick(heads, which), pick(steps, which)
+    long = tl.where(which == 0, length, span)
+    for i in range(tl.minimum(HEADS, of - first)):
+        head = first + i
+        x = pick(given, which) + batch * pick(given_b, which) + head.to(tl.int64) * pick(given_h, which)
+        x += row.to(tl.int64) * pick(given_l, which) + e
+        real = x.dtype.element_ty
+        live = (row < length) & inside
+        a = tl.load(x, live, other=0.0).to(tl.float32)
+        b = tl.load(x + SIZE // 2, live, other=0.0).to(tl.float32)
+        v0 = rounded(a * cos0, real).to(tl.float32) - rounded(b * sin0, real).to(tl.float32)
+        v1 = rounded(b * cos1, real).to(tl.float32) + rounded(a * sin1, real).to(tl.float32)
+        v0, v1 = rounded(v0, real).to(tl.float32), rounded(v1, real).to(tl.float32)
+        low = tl.minimum(tl.min(tl.minimum(v0, v1), 1, keep_dims=True), 0.0)
+        high = tl.maximum(tl.max(tl.maximum(v0, v1), 1, keep_dims=True), 0.0)
+        unit = gif_unit(low, high, levels, most)
+        pair = batch * of + head
+        times0, times1 = unit * 0.0 + 1.0, unit * 0.0 + 1.0
+        if STEPPED:
+            table = pick(tables, which) + head * pick(table_h, which) + e
+            times0 = tl.load(table, inside, other=1.0)
+            times1 = tl.load(table + SIZE // 2, inside, other=1.0)
+        code0 = gif_integer(v0, low, unit, times0, levels, most)
+        code1 = gif_integer(v1, low, unit, times1, levels, most)
+        place, there = (pair * long + row) * E + e, (row < long) & inside
+        matrix = pick(codes, tl.minimum(which, 1)) + place
+        tl.store(matrix, to_integer(code0, tl.int8), there & (which < VALUES))
+        tl.store(matrix + SIZE // 2, to_integer(code1, tl.int8), there & (which < VALUES))
+        tl.store(values + place, rounded(code0, values.dtype.element_ty), there & (which == VALUES))
+        tl.store(values + place + SIZE // 2, rounded(code1, values.dtype.element_ty), there & (which == VALUES))
+        tl.store(query_units + pair * length + row, unit, (row < length) & (which == 0))
+        own = pick(units, kept) + pair * span + row
+        tl.store(own, unit, (row < span) & (which > 0))
+        tl.store(own + plane, tl.log2(unit), (row < span) & (which > 0))
+        line = pick(packed, kept) + (pair * length + row) * (SIZE + UNIT_BYTES)
+        tl.store(line + e, to_integer(code0 * inverse_power(times0), tl.int8), live & (which > 0))
+        tl.store(line + SIZE // 2 + e, to_integer(code1 * inverse_power(times1), tl.int8), live & (which > 0))
+        bits = unit.to(tl.int32, bitcast=True)
+        tl.store((line + SIZE).to(tl.pointer_type(tl.int32)), bits, (row < length) & (which > 0))
+
+
+def gif_prompt(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    q_multiple: Tensor,
+    q_steps: int,
+    k_multiple: Tensor,
+    k_steps: int,
+    v_multiple: Tensor,
+    v_steps: int,
+    levels: int,
+    peak: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :mod:`spikeform.layers.fused`."""
+    (batch, heads, length, size), groups, device = q.shape, k.shape[1], q.device
+    form, wide = form_of(length, padded(size), False), padded(size)
+    span = span_of(length, form)
+    given, turn = tuple([dense(x) for x in (q, k, v)]), (dense(cos), dense(sin))
+    blank = torch.empty if wide == size else torch.zeros  # channels beyond the last are silent
+    codes = tuple(
+        [blank((batch, n, s, wide), dtype=torch.int8, device=device) for n, s in ((heads, length), (groups, span))]
+    )
+    values = blank((batch, groups, span, wide), dtype=torch.bfloat16, device=device)
+    packed = tuple([x.new_empty((batch, groups, length, size + UNIT_BYTES.value), dtype=torch.int8) for x in (k, v)])
+    query_units = torch.empty((batch, heads, length), dtype=torch.float32, device=device)
+    units = tuple([torch.empty((2, batch, groups, span), dtype=torch.float32, device=device) for _ in packed])
+    tables = tuple([x.contiguous() for x in (q_multiple, k_multiple, v_multiple)])
+    steps, bands = (q_steps, k_steps, v_steps), cdiv(max(heads, groups), HEADS)
+    with torch.cuda.device_of(q):
+        _encode[(cdiv(span, ROWS), batch * bands, len(given))](
+            given,
+            turn,
+            tables,
+            codes,
+            values,
+            packed,
+            query_units,
+            units,
+            levels,
+            steps,
+            (heads, groups, groups),
+            length,
+            span,
+            batch * groups * span,
+            *[tuple([x.stride(axis) for x in given]) for axis in range(3)],
+            tuple([x.stride(0) if x.shape[0] > 1 else 0 for x in turn]),
+            tuple([x.stride(2) for x in turn]),
+            (0, size, size),
+            bands,
+            **meta(
+                STEPPED=max(steps) > 1,
+                SIZE=size,
+                E=wide,
+                HALF=pow2(size // 2),
+                ROWS=ROWS,
+                HEADS=HEADS,
+                num_warps=4,
+                enable_fp_fusion=False,
+            ),
+        )
+        out = torch.empty((batch, length, heads, size), dtype=q.dtype, device=device)
+        seen = Mask.of(mask, batch, heads, length, length)
+        k_matrix, v_matrix = (codes[1], units[0]), (values, units[1])
+        attend_integers(codes[0], query_units, k_matrix, v_matrix, length, seen, scaling, peak, size, out, form)
+    return out, *packed
