@@ -240,7 +240,7 @@ def test_a_prompt_is_turned_and_encoded_on_the_way(length, size, heads, groups, 
     turn = [f(angle).to(DEVICE, dtype) for f in (torch.cos, torch.sin)]
     query, key = apply_rotary_pos_emb(case.q, case.k, *(x[:, 0] for x in turn))
     neurons = spiking.query, spiking.key, spiking.value
-    q_table, k_table, v_table = tables = [(n.tables().top, n.tables().multiple, n.steps) for n in neurons]
+    tables = _, k_table, v_table = [(n.tables().top, n.tables().multiple, n.steps) for n in neurons]
     last = spiking.query.levels, spiking.probability.coding.limit
     packed = [gif_pack(x, *t[:2], last[0], t[2]) for x, t in ((key, k_table), (case.v, v_table))]
     flat = [x for table in tables for x in table]

@@ -1,7 +1,7 @@
 """Queries, keys and values of a prompt, turned by their positions and encoded by one launch; then their attention.
 
-What :mod:`.query`, :mod:`.tiles` and :mod:`spikeform.neurons.triton.gif` do one after the other, where no key was in the
-cache before: keys and values leave as the cache holds them and as matrices for tensor cores, and queries as codes.
+What :mod:`.query`, :mod:`.tiles` and :mod:`spikeform.neurons.triton.gif` do one after the other, where no key was in
+the cache before: keys and values leave as the cache holds them and as matrices for tensor cores, and queries as codes.
 """
 
 from __future__ import annotations

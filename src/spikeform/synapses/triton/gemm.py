@@ -31,7 +31,7 @@ class Tile(NamedTuple):
         warps: Warps of a program.
         stages: Steps in flight.
         group: Rows of tiles that are done together, for the L2 cache.
-        persistent: One program a multiprocessor takes tile after tile.
+        persistent: So many programs a multiprocessor take tile after tile; 0: each has one.
         specialised: Some warps fetch while others multiply (``warps`` 4: of each kind); persistent, aligned rows only.
     """
 
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     group: int = 8
-    persistent: bool = True
+    persistent: int = 1
     specialised: bool = False
 
 
@@ -152,7 +152,7 @@ def gemm(
     flat = codes.flatten(0, -2)
     tma = all(t.stride(0) * t.element_size() % ALIGNED == 0 == t.data_ptr() % ALIGNED for t in (flat, weight))
     tiles = cdiv(rows, cut.m) * cdiv(columns, cut.n)
-    programs = min(tiles, _multiprocessors(codes.device)) if cut.persistent else tiles
+    programs = min(tiles, cut.persistent * _multiprocessors(codes.device)) if cut.persistent else tiles
     _gemm[(programs,)](
         TensorDescriptor.from_tensor(flat, [cut.m, cut.k]) if tma else flat,
         TensorDescriptor.from_tensor(weight, [cut.n, cut.k]) if tma else weight,
@@ -173,7 +173,7 @@ def gemm(
             BIAS=bias is not None,
             RESIDUAL=residual is not None,
             TMA=tma,
-            FLATTEN=tma and cut.persistent and not cut.specialised,
+            FLATTEN=tma and cut.persistent > 0 and not cut.specialised,
             SPECIALISED=tma and cut.specialised,
             BLOCK_M=cut.m,
             BLOCK_N=cut.n,
