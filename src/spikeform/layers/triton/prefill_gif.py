@@ -162,7 +162,9 @@ def _context(
             step = tl.load(v_units + t * N + tl.arange(0, N)) * peak
             term = tl.exp2(score)
             total += term
-            high, low = tiles.planes(codes.round_even(term * step[None, :]))
+            sent = term * step[None, :] + codes.WHOLE  # the code is in its last bits, byte by byte
+            upper = (sent.to(tl.int32, bitcast=True) & -256).to(tl.float32, bitcast=True)
+            high, low = (upper - codes.WHOLE).to(tl.bfloat16), (sent - upper).to(tl.bfloat16)
             value = tiles.matrix(v, t, N, E)
             sums = tiles.dot(low, value, tiles.dot(high, value, sums))
     whole = tl.sum(total, 1)
