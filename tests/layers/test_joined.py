@@ -13,8 +13,9 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.post_grad import remove_noop_ops
 from torch._inductor.lowering import lowerings
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import spikeform
@@ -237,6 +238,47 @@ def take(together, seen):
 
     as_inductor = {"decompositions": select_decomp_table(), "keep_inference_input_mutations": True}
     return aot_autograd(fw_compiler=compiled, **as_inductor)
+
+
+@fused
+@torch.no_grad()
+def test_a_residual_that_a_norm_sees_flat():
+    """OPT flattens its tokens between the sum and the norm: the product still adds."""
+    if not dispatch.kernels(DEVICE)[0]:
+        pytest.skip(dispatch.kernels(DEVICE)[1])
+    sizes = {"vocab_size": 64, "hidden_size": 128, "word_embed_proj_dim": 128, "num_attention_heads": 2}
+    config = OPTConfig(**sizes, num_hidden_layers=2, ffn_dim=192, max_position_embeddings=32)
+    model = OPTForCausalLM(config).eval().to(DEVICE)
+    ids = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(1))
+    model = spikeform.convert(model, spikeform.LAS(steps=8), ids)
+    seen = []
+
+    def compiled(module, _inputs):
+        remove_noop_ops(module.graph)  # what dropout leaves: Inductor does so before its passes
+        joined.Joined(0)(module.graph)
+        module.recompile()
+        products = [n for n in module.graph.nodes if n.target is torch.ops.spikeform.row_product.default]
+        seen.extend(n.args[5] is not None for n in products)
+        return make_boxed_func(module.forward)
+
+    as_inductor = {"decompositions": select_decomp_table(), "keep_inference_input_mutations": True}
+    backend = aot_autograd(fw_compiler=compiled, **as_inductor)
+    step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=backend)
+    pasts = [StaticCache(config=model.config, max_cache_len=12) for _ in range(2)]
+    for past in pasts:
+        model(input_ids=ids[:1, :5].to(DEVICE), past_key_values=past)
+    place = torch.tensor([[5]], device=DEVICE)
+    wanted, found = (
+        run(input_ids=ids[:1, 5:6].to(DEVICE), position_ids=place, past_key_values=past).logits
+        for run, past in zip((model, step), pasts, strict=True)
+    )
+    assert seen == [False, True, False, True] * 2  # q, k, v; o; up; down
+    assert torch.allclose(wanted, found, atol=1e-3, rtol=1e-3)
+    seen.clear()  # without a place the model works it out: how many rows there are is known when it runs
+    found = step(input_ids=ids[:1, 6:7].to(DEVICE), past_key_values=pasts[1]).logits
+    wanted = model(input_ids=ids[:1, 6:7].to(DEVICE), position_ids=place + 1, past_key_values=pasts[0]).logits
+    assert seen == []
+    assert torch.allclose(wanted, found, atol=1e-3, rtol=1e-3)
 
 
 @fused

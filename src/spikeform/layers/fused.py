@@ -50,7 +50,8 @@ gif_attention = _define(
 
 
 def _prompt(q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
-    return _context(q), *[x.new_empty((*x.shape[:-1], x.shape[-1] + 4), dtype=torch.int8) for x in (k, v)]
+    packed = *k.shape[:-1], k.shape[-1] + 4
+    return _context(q), k.new_empty(packed, dtype=torch.int8), v.new_empty(packed, dtype=torch.int8)
 
 
 # The same of keys and values that are all there are, real [B, G, L, E], queries and keys of which are turned by cos and

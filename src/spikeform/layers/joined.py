@@ -104,10 +104,11 @@ def product_of(node: Node) -> Product | None:
     make = PRODUCTS.get(node.target)
     if make is None or node.kwargs:
         return None
-    found = make(node, *node.args)
-    x, weight = value(found.x), value(found.weight[0])
-    if x.device.type not in nodes.DEVICES or any(not isinstance(n, int) for n in x.shape) or not x.numel():
+    x = value(node.args[0])
+    if x.device.type not in nodes.DEVICES or not nodes.fixed(x) or not x.numel():
         return None
+    found = make(node, *node.args)
+    weight = value(found.weight[0])
     if rows_of(x) > 1 and (found.encoder is not OPS.row_gif.default or rows_of(x) <= SKINNY):
         return None
     whole = weight.shape[1] * weight.element_size() % 4 == 0 and x.shape[-1] % 4 == 0
@@ -243,7 +244,8 @@ def _residual(group: list[Product], order: dict[Node, int], normed: set[Node]) -
         return None, None
     other = total.args[1] if total.args[0] is node else total.args[0]
     same = {(value(n).shape, value(n).dtype) for n in (node, other, total)}
-    norm = total in normed or any(user.target is OPS.hg_norm.default for user in total.users)
+    seen = {total, *(user for user in total.users if user.target in VIEWS)}
+    norm = any(n in normed or any(user.target is OPS.hg_norm.default for user in n.users) for n in seen)
     return (other, total) if norm and len(same) == 1 and order[other] < order[node] else (None, None)
 
 

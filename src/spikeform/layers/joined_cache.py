@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph
 
 from spikeform.layers import nodes
-from spikeform.layers.nodes import OPS, Node, call, match, value
+from spikeform.layers.nodes import OPS, Node, call, fixed, match, value
 
 ATEN = torch.ops.aten
 COPY = ATEN.copy_.default
@@ -71,6 +71,8 @@ def _put(node: Any, attention: Node, pack: Any) -> Put | None:
     if cache.op != "placeholder" or set(cache.users) != {node, *copies} or packed.target is not pack:
         return None
     to, x, place = value(cache), value(packed.args[0]), value(spot)
+    if not all(fixed(t) for t in (to, x, place)):
+        return None
     one_token = x.ndim == to.ndim == 4 and x.shape[2] == 1 and place.shape == (1,) and place.dtype == torch.int64
     fits = to.dtype == value(packed).dtype and to.shape[:2] == x.shape[:2] and to.shape[3] == value(packed).shape[3]
     if not one_token or not fits or to.stride(3) != 1 or to.device.type not in nodes.DEVICES or len(packed.users) != 1:

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph
 
 from spikeform.layers import joined_cache, nodes
-from spikeform.layers.nodes import OPS, Node, call, value
+from spikeform.layers.nodes import OPS, Node, call, fixed, value
 from spikeform.synapses.rows import SKINNY
 
 CLONE = torch.ops.aten.clone.default
@@ -35,22 +35,24 @@ def _packed(node: Any, attention: Node) -> Node | None:
 
 def _join(graph: Graph, attention: Node) -> None:
     query, keys, values, mask, scaling, signs, _, q_multiple, q_steps, *rest = attention.args
-    packs = _packed(keys, attention), _packed(values, attention)
-    if signs is not None or packs[0] is None or packs[1] is None or keys is values or len(query.users) > 1:
+    if signs is not None or keys is values or len(query.users) > 1:
         return
-    turns = joined_cache._turn(query), joined_cache._turn(packs[0].args[0])
-    if turns[0] is None or turns[1] is None or not joined_cache._same(*turns):
+    if not all(fixed(value(node)) for node in (query, keys, values)) or value(query).shape[2] <= SKINNY:
         return
-    q, k, v = value(turns[0].x), value(turns[1].x), value(packs[1].args[0])
-    if q.device.type not in nodes.DEVICES or not (k.shape == v.shape and k.dtype == v.dtype) or q.shape[2] <= SKINNY:
+    packs = [pack for node in (keys, values) if (pack := _packed(node, attention)) is not None]
+    if len(packs) < 2:
         return
-    if q.shape[3] % 8 or any(not isinstance(n, int) for n in (*q.shape, *k.shape)):
+    turned, turned_key = joined_cache._turn(query), joined_cache._turn(packs[0].args[0])
+    if turned is None or turned_key is None or not joined_cache._same(turned, turned_key):
+        return
+    q, k, v = value(turned.x), value(turned_key.x), value(packs[1].args[0])
+    if q.device.type not in nodes.DEVICES or k.shape != v.shape or k.dtype != v.dtype or q.shape[3] % 8:
         return
     how = [pack.args[1:] for pack in packs]
     _, k_multiple, k_steps, _, v_multiple, v_steps, levels, _peak = rest
     if [x[1:] for x in how] != [(k_multiple, levels, k_steps), (v_multiple, levels, v_steps)]:
         return
-    given = turns[0].x, turns[1].x, packs[1].args[0], turns[0].cos, turns[0].sin, mask, scaling
+    given = turned.x, turned_key.x, packs[1].args[0], turned.cos, turned.sin, mask, scaling
     tables = q_multiple, q_steps, k_multiple, k_steps, v_multiple, v_steps, *rest[-2:]
     with graph.inserting_before(attention):
         outs = call(graph, OPS.gif_prompt.default, (*given, *tables))

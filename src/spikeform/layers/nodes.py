@@ -26,6 +26,11 @@ def value(node: Any) -> Tensor:
     return node.meta["val"]
 
 
+def fixed(tensor: Tensor) -> bool:
+    """Whether its shape is known before the graph runs."""
+    return all(isinstance(n, int) for n in tensor.shape)
+
+
 def match(steps: Steps, node: Any, named: dict[str, Any], nodes: dict[Node, None]) -> bool:
     """Whether ``node`` is made by such steps; what names stand for, and nodes, are then added."""
     if isinstance(steps, str):

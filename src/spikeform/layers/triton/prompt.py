@@ -161,7 +161,9 @@ def gif_prompt(
             length,
             span,
             batch * groups * span,
-            *[tuple([x.stride(axis) for x in given]) for axis in range(3)],
+            tuple([x.stride(0) for x in given]),
+            tuple([x.stride(1) for x in given]),
+            tuple([x.stride(2) for x in given]),
             tuple([x.stride(0) if x.shape[0] > 1 else 0 for x in turn]),
             tuple([x.stride(2) for x in turn]),
             (0, size, size),
@@ -181,4 +183,4 @@ def gif_prompt(
         seen = Mask.of(mask, batch, heads, length, length)
         k_matrix, v_matrix = (codes[1], units[0]), (values, units[1])
         attend_integers(codes[0], query_units, k_matrix, v_matrix, length, seen, scaling, peak, size, out, form)
-    return out, *packed
+    return out, packed[0], packed[1]
