@@ -226,7 +226,7 @@ def gif_integer(v, low, unit, multiple, levels, steps):
     """Integers of GIF neurons in the common unit of their row: integer-valued fp32.
 
     Args:
-        v: fp32 ``[..., K]``.
+        v: fp32 ``[..., K]``, none of it below ``low``.
         low: As :func:`gif_unit` takes it; it and ``unit`` broadcast to ``v``.
         unit: The common unit.
         multiple: What a channel's unit is in common units, fp32, a power of two: ``steps / T``. Broadcasts to ``v``.
@@ -235,12 +235,13 @@ def gif_integer(v, low, unit, multiple, levels, steps):
     """
     inverse_unit = inverse(unit)
     # A channel of T steps has codes up to T L, each worth ``multiple``: ``peak`` in common units, whatever T is. And
-    # rounding to a multiple of a power of two is :func:`round_even` with as many times the constant.
+    # rounding to a multiple of a power of two is :func:`round_even` with as many times the constant, which is taken
+    # off last: so far all numbers but quotients are whole, and what is least, minus the zero-point, needs no look.
     peak = levels * steps * 1.0
     whole = multiple * WHOLE
-    least = tl.maximum((quotient(low, unit, inverse_unit) + whole) - whole, peak * -1.0)  # minus the zero-point
-    code = (quotient(v, unit, inverse_unit) + whole) - whole
-    return tl.minimum(tl.maximum(code, least), peak + least)
+    least = tl.maximum(quotient(low, unit, inverse_unit), peak * -1.0)
+    code = tl.maximum(quotient(v, unit, inverse_unit), peak * -1.0) + whole
+    return tl.minimum(code, (least + whole) + peak) - whole
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from spikeform.synapses.triton.operands import await_inputs, pick, release
 from spikeform.synapses.triton.shapes import int_tile
 
 GIVEN, NORM, GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-ELEMENTS, WARPS = 24576, 16  # of a program: 48 a thread
+ELEMENTS, WARPS = 8192, 8  # of a program: two rows of a 7B model, so that several programs share a multiprocessor
 FEW = 256  # rows up to which a program has one of them: there are processors for all
 
 
