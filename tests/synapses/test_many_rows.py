@@ -104,6 +104,35 @@ def test_products_are_what_they_were_apart(inner, shared, dtype):
         assert torch.equal(y, wanted[0] + residual)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "columns", "inner"), [(65, 264, 80), (300, 520, 1104), (1500, 1032, 4096)])
+@pytest.mark.parametrize("more", [False, True], ids=["", "bias, residual"])
+def test_products_whose_steps_overlap(rows, columns, inner, more):
+    """Of codes whose rows lie apart, and of tiles that stand over: integers as large as they come."""
+    from spikeform.synapses.triton import hopper
+    from spikeform.synapses.triton.gemm import gemm
+    from spikeform.synapses.triton.shapes import hopper_tile, int_tile
+
+    generator = torch.Generator().manual_seed(0)
+    codes, weight = (
+        torch.randint(-128, 128, shape, generator=generator).to(DEVICE, torch.int8)
+        for shape in ((rows, inner + 32), (columns, inner))
+    )
+    codes[0], weight[0] = -128, -128
+    scale, units = torch.rand(columns, device=DEVICE), torch.rand(rows, 3, device=DEVICE)
+    bias = random(columns, dtype=torch.bfloat16) if more else None
+    residual = random(rows, columns, dtype=torch.bfloat16) if more else None
+    outs = [torch.full((rows, columns), 7.0, dtype=torch.bfloat16, device=DEVICE) for _ in range(3)]
+    given = codes[:, :inner], weight, scale, units[:, 1], bias
+    assert hopper.takes(given[0], weight, outs[0]) == (torch.cuda.get_device_capability()[0] == 9)
+    gemm(*given, outs[0], int_tile(rows), residual)
+    hopper.scaled_product(*given, outs[1], residual)
+    assert torch.equal(outs[0], outs[1])
+    if torch.cuda.get_device_capability()[0] == 9:
+        hopper.multiply(*given, outs[2], residual, hopper_tile(2048 if rows < 1024 else 512))
+        assert torch.equal(outs[0], outs[2])
+
+
 @needs_triton
 @not_interpreted
 def test_on_the_interpreter():

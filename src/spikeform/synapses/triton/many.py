@@ -19,10 +19,9 @@ from spikeform.neurons.triton.codes import function as function_of
 from spikeform.neurons.triton.codes import gif_integer, gif_unit, inverse_sqrt, rounded, to_integer
 from spikeform.neurons.triton.tiles import chunks, within
 from spikeform.synapses.rows import words_of_gif
-from spikeform.synapses.triton.gemm import gemm
+from spikeform.synapses.triton.hopper import scaled_product
 from spikeform.synapses.triton.launch import cdiv, meta
 from spikeform.synapses.triton.operands import await_inputs, pick, release
-from spikeform.synapses.triton.shapes import int_tile
 
 GIVEN, NORM, GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ELEMENTS, WARPS = 8192, 8  # of a program: two rows of a 7B model, so that several programs share a multiprocessor
@@ -170,14 +169,13 @@ def row_products(
         for i, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
             (columns, inner), line = weight.shape, lines[i if len(lines) > 1 else 0]
             out = codes.new_empty((*lead, columns), dtype=dtype)
-            gemm(
+            scaled_product(
                 line.view(torch.int8)[:, :inner],
                 weight.contiguous(),
                 scale,
                 line.view(torch.float32)[:, inner // 4],
                 biases[i] if biases else None,
                 out.view(-1, columns),
-                int_tile(len(line)),
                 None if residual is None else residual.contiguous(),
             )
             outs.append(out)

@@ -88,6 +88,11 @@ def int_tile(rows: int) -> Tile:
     return Tile(128, 128, 128, 4, 3) if rows > 64 else Tile(64, 128, 128, 4, 4)
 
 
+def hopper_tile(rows: int) -> Tile:
+    """int8, many rows, where steps overlap: what the L2 cache delivers decides."""
+    return Tile(128, 256, 128, 8, 3, 16) if rows >= 1024 else Tile(64, 256, 128, 4, 4)
+
+
 def event_share(columns: int, inner: int) -> Share:
     """Columns are stored ones: bytes of packed rows."""
     return Share(min(512, max(64, 1 << (columns - 1).bit_length())), 256, 8, 4)
