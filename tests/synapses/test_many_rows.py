@@ -105,6 +105,7 @@ def test_products_are_what_they_were_apart(inner, shared, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("rows", "columns", "inner"), [(65, 264, 80), (300, 520, 1104), (1500, 1032, 4096)])
 @pytest.mark.parametrize("more", [False, True], ids=["", "bias, residual"])
 def test_products_whose_steps_overlap(rows, columns, inner, more):
