@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikeform.layers.triton import decode, prefill
+from spikeform.layers.triton import decode, few, prefill
 from spikeform.layers.triton.operands import Counts, Mask, Populations, dense, train
 from spikeform.layers.triton.query import encode_gif
 from spikeform.synapses.triton.row import oat_lines
@@ -52,7 +52,7 @@ def row_attention(*args: Any) -> Tensor:
     batch, heads, length, size = q.shape
     codes, how = oat_lines(heads * size, thresholds, shifts, limit, rounding, parts)
     compiled = how["TWO"], how["ROUNDING"], how["LIMBS"], how["PARTS"]
-    line = decode.Line(codes, thresholds[0], limit, resolution, compiled)
+    line = few.Line(codes, thresholds[0], limit, resolution, compiled)
     seen = Mask.of(mask, batch, heads, length, k.shape[2])
     given = dense(q), None, train(k, size), train(v, size)
     shape = q.transpose(1, 2)
