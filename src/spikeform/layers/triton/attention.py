@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikeform.layers.triton import decode, few, prefill
+from spikeform.layers.triton import decode, few, prefill, short
 from spikeform.layers.triton.operands import Counts, Mask, Populations, dense, train
 from spikeform.layers.triton.query import encode_gif
 from spikeform.synapses.triton.row import oat_lines
@@ -54,9 +54,9 @@ def row_attention(*args: Any) -> Tensor:
     compiled = how["TWO"], how["ROUNDING"], how["LIMBS"], how["PARTS"]
     line = few.Line(codes, thresholds[0], limit, resolution, compiled)
     seen = Mask.of(mask, batch, heads, length, k.shape[2])
-    given = dense(q), None, train(k, size), train(v, size)
     shape = q.transpose(1, 2)
-    decode.attend(*given, seen, scaling, Populations(*parameters), size, shape, line=line)
+    attend = _few(q, k).attend
+    attend(dense(q), None, train(k, size), train(v, size), seen, scaling, Populations(*parameters), size, shape, line=line)
     return codes
 
 
@@ -87,6 +87,13 @@ def gif_attention(
     return _attend(codes, units, k, v, mask, scaling, rule, q)
 
 
+def _few(q: Tensor, k: Tensor) -> Any:
+    """The module of kernels for few queries and so many cached keys."""
+    batch, groups, keys, _ = k.shape
+    rows = q.shape[1] // groups * q.shape[2]
+    return short if short.suits(batch, groups, rows, keys, q.shape[3], k.element_size()) else decode
+
+
 def _attend(
     rows: Tensor,
     units: Tensor | None,
@@ -102,6 +109,6 @@ def _attend(
     if out.numel() == 0 or k.shape[2] == 0:
         return out.zero_()
     seen = Mask.of(mask, batch, heads, length, k.shape[2])
-    attend = decode.attend if length <= FEW else prefill.attend
+    attend = _few(q, k).attend if length <= FEW else prefill.attend
     attend(rows, units, train(k, size), train(v, size), seen, scaling, rule, size, out)
     return out

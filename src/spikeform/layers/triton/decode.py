@@ -114,7 +114,8 @@ def _scores(
             factor = tl.load(multiple + group * SIZE + e, inside, other=0.0)[None, :]
             of_key = tl.load(k_unit + batch * ku_b + group * ku_g + key * ku_s, key < keys, other=0.0)
             unit = tl.load(v_unit + batch * vu_b + group * vu_g + key * vu_s, key < keys, other=0.0)
-        value = few.value_of(packed, key_threshold, factor, resolution, OAT, TWO_K)
+        unit0, unit1 = few.units(key_threshold, resolution, OAT, TWO_K)
+        value = few.value_of(packed, unit0, unit1, factor, OAT, TWO_K)
         found = few.met(v, of_row, value, of_key, OAT, HIGH) * scaling + bias
     own = row < (tl.program_id(2) + 1) * ROWS
     tl.store(scores + place[:, None] * span + key[None, :], found, own[:, None])
@@ -224,6 +225,7 @@ def _context(
     else:
         origin, whole, part, step = most[:, None], total[:, None], inverse[:, None], unit[:, None]
         sums = tl.zeros((HIGH, CHANNELS), tl.float32)
+    unit0, unit1 = few.units(value_threshold, resolution, OAT, TWO_V)
     if PARTS:
         share = tl.cdiv(tl.cdiv(end - begin, parts), STEP) * STEP
         begin += mine * share
@@ -239,7 +241,7 @@ def _context(
         p = few.probability(
             e, of_value, whole, part, step, probability_threshold, peak, resolution, OAT, TWO_P, BITS, ROUNDING
         )
-        value = few.value_of(packed, value_threshold, factor, resolution, OAT, TWO_V)
+        value = few.value_of(packed, unit0, unit1, factor, OAT, TWO_V)
         if HIGH == 1:
             sums += p * value
         else:

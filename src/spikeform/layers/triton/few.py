@@ -113,16 +113,20 @@ def encoded(
 
 
 @triton.jit
-def value_of(packed, threshold, multiple, resolution, OAT: tl.constexpr, TWO: tl.constexpr):
+def units(table, resolution, OAT: tl.constexpr, TWO: tl.constexpr):
+    """Units of both sub-neurons of codes that stand for real values; GIF neurons have none that are fixed."""
+    unit0, unit1 = 0.0, 0.0
+    if OAT:
+        _, _, unit0, unit1 = units_of(table, resolution, TWO)
+    return unit0, unit1
+
+
+@triton.jit
+def value_of(packed, unit0, unit1, multiple, OAT: tl.constexpr, TWO: tl.constexpr):
     """What packed codes stand for: OAT: real values; GIF: integers in the token's common unit (``multiple``)."""
     if OAT:
         value = (packed >> 1).to(tl.float32)
-        unit0 = tl.div_rn(tl.load(threshold), resolution)
-        if TWO:
-            unit1 = tl.div_rn(tl.load(threshold + 1), resolution)
-            value *= tl.where((packed & 1) != 0, unit1, unit0)
-        else:
-            value *= unit0
+        value *= tl.where((packed & 1) != 0, unit1, unit0) if TWO else unit0
     else:
         value = packed.to(tl.float32) * multiple
     return value
