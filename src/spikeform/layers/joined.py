@@ -8,8 +8,8 @@ them. A pass over the graph that ``torch.compile`` made (Inductor, on a GPU) see
 - a norm, a gate times its other factor, or attention, that goes nowhere else encodes what it leaves: of spikes, or
   plain ones before GIF neurons;
 - where the next thing is such a norm, a residual is added by the product;
-- keys and values of one token are turned by their position (so are queries), encoded and put into their cache by one
-  operator, and the lengths of all caches move on in one.
+- keys and values of one token are turned by their position (so are queries), encoded and put into their cache by the
+  operator that attends to it, and the lengths of all caches move on in one.
 
 Modules, checkpoints and models that are not compiled know nothing of it; what a hook changes is in the graph. Sums are
 the same in the same order. A norm sums its squares in another: a code may differ where a last bit decides.
@@ -91,7 +91,9 @@ PRODUCERS = {
     OPS.hg_norm.default: OPS.row_norm.default,
     OPS.hg_gated.default: OPS.row_gated.default,
     OPS.oat_attention.default: OPS.row_attention.default,
+    OPS.oat_appended.default: OPS.row_appended.default,
 }
+ATTENTIONS = OPS.oat_attention.default, OPS.oat_appended.default
 VIEWS = {torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 
 
@@ -206,7 +208,7 @@ def _made(x: Node, group: list[Product]) -> Made | None:
     made = x.args[0] if x.target in VIEWS and len(x.args[0].users) == 1 else x
     if made.target not in PRODUCERS or made.kwargs:
         return None
-    if made.target is OPS.oat_attention.default:
+    if made.target in ATTENTIONS:
         if len(group) > 1 or group[0].neuron[1] is not None or not value(made).numel() == value(x).numel() > 0:
             return None
     elif x is not made:
