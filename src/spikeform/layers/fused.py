@@ -61,17 +61,20 @@ ssa_attention = define(
     "spikeform.layers.cpu.ssa:ssa_attention",
     "spikeform.layers.triton.ssa:ssa_attention",
 )
-# On a GPU alone, in compiled graphs, are those that follow. Codes of what oat_attention leaves of one row, for one
-# matrix: see :mod:`spikeform.synapses.rows`, whose arguments come last.
+
+
 def _on_gpu(schema: str, fake):
+    """An operator of compiled graphs, on a GPU alone."""
     place = f"spikeform.layers.triton.attention:{schema.partition('(')[0]}"
     return define(schema, fake, place, place)
 
 
+# Codes of what oat_attention leaves of one row, for one matrix: see :mod:`spikeform.synapses.rows`, whose arguments
+# come last.
 row_attention = _on_gpu(f"row_attention({_OAT.format('', '', own='own_')}, {POPULATIONS}) -> Tensor", _row)
 # The same attentions of one query each, after what neurons pack of one token's key and value [B, G, 1, E] has been
-# written into the caches k and v [B, G, S, ...] at ``place`` int64 [1] or []. With cos and sin [B or 1, 1, 1, E] key and
-# query are turned by them first (rotary embedding by halves).
+# written into the caches k and v [B, G, S, ...] at ``place`` int64 [1] or []. With cos and sin [B or 1, 1, 1, E] the
+# key and the query are turned by them first (rotary embedding by halves).
 _TOKEN = "Tensor place, Tensor own_key, Tensor own_value, Tensor? cos, Tensor? sin"
 _CHANGED = "(a!)", "(b!)"
 oat_appended = _on_gpu(f"oat_appended({_OAT.format(*_CHANGED, own='')}, {_TOKEN}) -> Tensor", _context)

@@ -242,10 +242,7 @@ def _context(
             e, of_value, whole, part, step, probability_threshold, peak, resolution, OAT, TWO_P, BITS, ROUNDING
         )
         value = few.value_of(packed, unit0, unit1, factor, OAT, TWO_V)
-        if HIGH == 1:
-            sums += p * value
-        else:
-            sums += few.product(few.sixteen(p, ROWS), value, HIGH)
+        sums += few.weighted(p, value, OAT, HIGH, ROWS)
     if HIGH == 1:
         sums = tl.sum(sums, 0)[None, :]
     if not OAT:

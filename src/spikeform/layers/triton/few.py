@@ -82,13 +82,21 @@ def sixteen(x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, HIGH: tl.constexpr):
-    """``a b`` on tensor cores, each operand to within 2^-17 of it; integers below 2^16 exactly."""
+def product(a, b, A: tl.constexpr, B: tl.constexpr):
+    """``a b`` on tensor cores, A and B planes of either: one holds integers up to 2^8 exactly, two those below 2^16.
+
+    Of two planes a number is within 2^-17 of what it was.
+    """
     a_high, a_low = tiles.planes(a)
     b_high, b_low = tiles.planes(b)
-    sums = tiles.dot(a_high, b_high, tl.zeros((HIGH, b.shape[1]), tl.float32))
-    sums = tiles.dot(a_low, b_high, sums)
-    return tiles.dot(a_low, b_low, tiles.dot(a_high, b_low, sums))
+    sums = tiles.dot(a_high, b_high, tl.zeros((a.shape[0], b.shape[1]), tl.float32))
+    if A == 2:
+        sums = tiles.dot(a_low, b_high, sums)
+    if B == 2:
+        sums = tiles.dot(a_high, b_low, sums)
+        if A == 2:
+            sums = tiles.dot(a_low, b_low, sums)
+    return sums
 
 
 @triton.jit
@@ -136,7 +144,12 @@ def value_of(packed, unit0, unit1, multiple, OAT: tl.constexpr, TWO: tl.constexp
 def met(v, of_row, value, of_key, OAT: tl.constexpr, HIGH: tl.constexpr):
     """Products of queries ``[HIGH, E]`` and keys ``[N, E]``, ``[HIGH, N]``, in the units of both (GIF)."""
     E: tl.constexpr = value.shape[1]
-    found = tl.sum(value * tl.reshape(v, (1, E)), 1)[None, :] if HIGH == 1 else product(v, tl.trans(value), HIGH)
+    if HIGH == 1:
+        found = tl.sum(value * tl.reshape(v, (1, E)), 1)[None, :]
+    elif OAT:
+        found = product(v, tl.trans(value), 2, 2)
+    else:
+        found = product(v, tl.trans(value), 1, 1)
     if not OAT:
         found *= of_row[:, None]
         found *= of_key[None, :]
@@ -188,10 +201,7 @@ def probability(
 
     ``of_value``: units of the values that they meet, GIF only.
     """
-    if BITS > 0:
-        p = e * part
-    else:
-        p = codes.quotient(e, whole, part)
+    p = e * part if BITS > 0 else codes.quotient(e, whole, part)
     if OAT:
         threshold0, threshold1, unit0, unit1 = units_of(threshold, resolution, TWO)
         code, outlier = codes.oat_code(p, threshold0, threshold1, unit0, unit1, peak, TWO, ROUNDING)
@@ -200,6 +210,15 @@ def probability(
         p *= of_value
         p = tl.minimum(codes.round_even(codes.quotient(p, step, codes.inverse(step))), peak)
     return p
+
+
+@triton.jit
+def weighted(p, value, OAT: tl.constexpr, HIGH: tl.constexpr, ROWS: tl.constexpr):
+    """Probabilities times values ``[N, channels]``: of each key where there is one row; else their sums."""
+    if HIGH == 1:
+        return p * value
+    else:
+        return product(sixteen(p, ROWS), value, 2, 2 if OAT else 1)
 
 
 @triton.jit

@@ -33,18 +33,21 @@ PROGRAMS = 132  # as many as there are processors
 
 
 @triton.jit
-def _weighted(p, value, HIGH: tl.constexpr, ROWS: tl.constexpr):
-    """Probabilities times values ``[N, channels]``: of each key where there is one row; else sums of keys."""
-    return p * value if HIGH == 1 else few.product(few.sixteen(p, ROWS), value, HIGH)
-
-
-@triton.jit
 def _cached(key, begin, end, place, APPEND: tl.constexpr):
     """Which keys are read from the cache."""
     there = (key >= begin) & (key < end)
     if APPEND:
         there = there & (key != place)
     return there
+
+
+@triton.jit
+def _units(units, key, apart, begin, end, place, own, APPEND: tl.constexpr):
+    """Units of values ``[1, N]``, ``own`` that of the new one."""
+    found = tl.load(units + key * apart, _cached(key, begin, end, place, APPEND), other=0.0)
+    if APPEND:
+        found = tl.where(key == place, own, found)
+    return found[None, :]
 
 
 # As a cache grows little is to be compiled anew.
@@ -261,26 +264,21 @@ def _attend(
     terms = tl.zeros((ROWS, WIDE), tl.float32)
     heights = tl.zeros((ROWS, WIDE), tl.float32)
     exponentials = ()
-    units = ()
     for start in tl.static_range(0, SPAN, WIDE):
         power = few.exp(bases[start // WIDE], highest[:, None], top, floor, BITS, NEAREST)
         terms += power
-        of_value = 0.0
         if not OAT:
-            key = start + tl.arange(0, WIDE)
-            there = _cached(key, begin, end, place, APPEND)
-            of_value = tl.load(v_unit + key * vu_s, there, other=0.0)
-            if APPEND:
-                of_value = tl.where(key == place, own_value_unit, of_value)
-            of_value = of_value[None, :]
+            of_value = _units(v_unit, start + tl.arange(0, WIDE), vu_s, begin, end, place, own_value_unit, APPEND)
             heights = tl.maximum(heights, power * of_value)
         exponentials += (power,)
-        units += (of_value,)
     total, inverse, unit = few.normal(terms, heights, peak, top, floor, OAT, BITS, NEAREST)
     for start in tl.static_range(0, SPAN, WIDE):
         key = start + tl.arange(0, WIDE)
+        of_value = 0.0
+        if not OAT:
+            of_value = _units(v_unit, key, vu_s, begin, end, place, own_value_unit, APPEND)
         p = few.probability(
-            exponentials[start // WIDE], units[start // WIDE], total[:, None], inverse[:, None], unit[:, None],
+            exponentials[start // WIDE], of_value, total[:, None], inverse[:, None], unit[:, None],
             probability_table, peak, resolution, OAT, TWO_P, BITS, ROUNDING,
         )  # fmt: skip
         tl.store(sent + row[:, None] * SPAN + key[None, :], p)
@@ -293,7 +291,7 @@ def _attend(
     shares = sent if HIGH == 1 else sent + row[:, None] * SPAN
     if HELD:
         share = tl.load(shares + (all_keys[:, None] if HIGH == 1 else all_keys[None, :]))
-        sums = _weighted(share, few.value_of(held.to(tl.int32), unit0, unit1, height, OAT, TWO_V), HIGH, ROWS)
+        sums = few.weighted(share, few.value_of(held.to(tl.int32), unit0, unit1, height, OAT, TWO_V), OAT, HIGH, ROWS)
     else:
         sums = tl.zeros((STEP if HIGH == 1 else HIGH, CHANNELS), tl.float32)
         for start in tl.range(begin, end, STEP, num_stages=STAGES):
@@ -302,7 +300,7 @@ def _attend(
             packed = tl.load(v + more[:, None] * (v_s * V_WORD) + channel[None, :], known_value, other=0).to(tl.int32)
             lane = more[:, None] if HIGH == 1 else more[None, :]
             share = tl.load(shares + lane, lane < end, other=0.0)
-            sums += _weighted(share, few.value_of(packed, unit0, unit1, height, OAT, TWO_V), HIGH, ROWS)
+            sums += few.weighted(share, few.value_of(packed, unit0, unit1, height, OAT, TWO_V), OAT, HIGH, ROWS)
     if HIGH == 1:
         sums = tl.sum(sums, 0)[None, :]
     if APPEND:
@@ -312,8 +310,8 @@ def _attend(
         sums *= unit[:, None] if HIGH == 1 else few.sixteen(unit[:, None], ROWS)
     to = ((batch * length + queries[:, None]) * heads + heads_[:, None]) * SIZE + channel[None, :]
     few.leave(
-        sums, to, exist[:, None] & within[None, :], out, line, line_threshold, heads * SIZE, line_limit, line_resolution, LINE, LINE_TWO,
-        LINE_ROUNDING, LINE_LIMBS, LINE_PARTS,
+        sums, to, exist[:, None] & within[None, :], out, line, line_threshold, heads * SIZE, line_limit,
+        line_resolution, LINE, LINE_TWO, LINE_ROUNDING, LINE_LIMBS, LINE_PARTS,
     )  # fmt: skip
 
 
@@ -359,7 +357,7 @@ class Form(NamedTuple):
 
 
 def suits(batch: int, groups: int, rows: int, keys: int, size: int, width: int) -> bool:
-    """Whether one kernel takes so many key/value heads of a batch, rows of each and keys; ``width``: bytes of a code."""
+    """Whether one kernel takes so many key/value heads, rows of each and keys; ``width``: bytes of a code."""
     return rows <= ROWS and batch * groups <= PROGRAMS and keys <= KEYS and keys * size * width <= BYTES
 
 
