@@ -126,9 +126,9 @@ def _append(graph: Graph, attention: Node) -> None:
     fits = value(key).shape == value(other).shape and value(q).shape[2] == 1 and not attention.kwargs
     if not fits or not agree(keys.pack.args, values.pack.args, attention.args):
         return
-    turns, turn = (_turn(q), _turn(key)), (None, None)
-    if None not in turns and _same(*turns):
-        q, key, turn = turns[0].x, turns[1].x, turns[0][1:]
+    query, of_key, turn = _turn(q), _turn(key), (None, None)
+    if query is not None and of_key is not None and _same(query, of_key):
+        q, key, turn = query.x, of_key.x, query[1:]
     args = q, keys.cache, values.cache, *rest, _spot(keys.place), key, other, *turn
     with graph.inserting_before(attention):
         whole = call(graph, appended, args)

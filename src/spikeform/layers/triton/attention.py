@@ -32,20 +32,21 @@ def oat_appended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: 
     return _attend(q, k, v, mask, scaling, Populations(*parameters[:-OWN]), token=token)
 
 
-def row_attention(*args: Any) -> Tensor:
+def row_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, *given: Any) -> Tensor:
     """Codes of the ``[1, 1, H, E]`` of :func:`oat_attention`, as :func:`~spikeform.synapses.triton.row.row_oat` makes.
 
-    ``args``: those of both, the latter's without its input; one threshold, no shifts.
+    ``given``: what both take behind their inputs; one threshold, no shifts.
     """
-    line = _line(args[0], *args[-LINE:])
-    _attend(*args[:5], Populations(*args[5:-LINE]), line=line)
+    line = _line(q, *given[-LINE:])
+    _attend(q, k, v, mask, scaling, Populations(*given[:-LINE]), line=line)
     return line.codes
 
 
-def row_appended(*args: Any) -> Tensor:
+def row_appended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, *given: Any) -> Tensor:
     """Codes of the ``[1, 1, H, E]`` of :func:`oat_appended`, likewise."""
-    line, own = _line(args[0], *args[-LINE:]), args[:-LINE]
-    _attend(*own[:5], Populations(*own[5:-OWN]), line=line, token=Token(*own[-OWN:]))
+    line, own = _line(q, *given[-LINE:]), given[:-LINE]
+    token = Token(*own[-OWN:])
+    _attend(q, k, v, mask, scaling, Populations(*own[:-OWN]), line=line, token=token)
     return line.codes
 
 
@@ -53,7 +54,7 @@ def gif_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, signs: Tensor | None, *parameters: Any
 ) -> Tensor:
     """Attention with GIF populations; see :mod:`spikeform.layers.fused`. Multiples say what the largest codes are."""
-    return _attend(q, k, v, mask, scaling, _counts(*parameters), signs)
+    return _attend(q, k, v, mask, scaling, _counts(*parameters), signs=signs)
 
 
 def gif_appended(
@@ -61,7 +62,7 @@ def gif_appended(
 ) -> Tensor:
     """The same after a token has been put into the cache."""
     own, token = parameters[:-OWN], Token(*parameters[-OWN:])
-    return _attend(q, k, v, mask, scaling, _counts(*own), signs, token=token._replace(steps=(own[5], own[8])))
+    return _attend(q, k, v, mask, scaling, _counts(*own), signs=signs, token=token._replace(steps=(own[5], own[8])))
 
 
 def _counts(_q, query: Tensor, steps: int, _k, key: Tensor, _ks, _v, value: Tensor, _vs, levels: int, peak: int):
@@ -92,6 +93,7 @@ def _attend(
     mask: Tensor | None,
     scaling: float,
     rule: Populations | Counts,
+    *,
     signs: Tensor | None = None,
     line: few.Line | None = None,
     token: Token | None = None,

@@ -206,7 +206,7 @@ def _attend(
         tl.store(to_key + e, own_key.to(k.dtype.element_ty), inside & (part == 0))
         tl.store(to_value + channel, own_value.to(v.dtype.element_ty), within)
 
-    held, all_keys = 0, tl.arange(0, SPAN)
+    held, all_keys = tl.zeros((1, 1), tl.int32), tl.arange(0, SPAN)
     if HELD:
         known = _cached(all_keys, begin, end, place, APPEND)[:, None] & within[None, :]
         held = tl.load(v + all_keys[:, None] * (v_s * V_WORD) + channel[None, :], known, other=0)
