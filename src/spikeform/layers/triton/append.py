@@ -34,9 +34,9 @@ def turned(x, v, e, inside, turn, batch, turn_b, SIZE: tl.constexpr):
 
 
 @triton.jit
-def coded_oat(v, table, limit, resolution, TWO: tl.constexpr, ROUNDING: tl.constexpr):
-    """Packed codes of a multi-threshold population, integer-valued fp32."""
-    one, two, unit0, unit1 = oat_units(table, resolution, TWO)
+def coded_oat(v, known, limit, TWO: tl.constexpr, ROUNDING: tl.constexpr):
+    """Packed codes of a multi-threshold population, integer-valued fp32; ``known``: what :func:`oat_units` gives."""
+    one, two, unit0, unit1 = known
     code, outlier = oat_code(v, one, two, unit0, unit1, limit, TWO, ROUNDING)
     packed = code * 2.0
     if TWO:
@@ -45,12 +45,9 @@ def coded_oat(v, table, limit, resolution, TWO: tl.constexpr, ROUNDING: tl.const
 
 
 @triton.jit
-def coded_gif(v, low, unit, table, e, inside, levels, steps, STEPPED: tl.constexpr):
-    """Codes of GIF neurons in the channels' own units, integer-valued fp32; ``table`` of the channels ``e``."""
-    multiple = v * 0.0 + 1.0
-    if STEPPED:
-        multiple = tl.load(table + e, inside, other=1.0)
-    return gif_integer(v, low, unit, multiple, levels, steps) * inverse_power(multiple)
+def coded_gif(v, low, unit, times, levels, steps):
+    """Codes of GIF neurons in the channels' own units, integer-valued fp32; ``times``: those units in ``unit``."""
+    return gif_integer(v, low, unit, times, levels, steps) * inverse_power(times)
 
 
 @triton.jit
@@ -116,13 +113,16 @@ def _append(
     out = pick(caches, last) + batch * pick(cache_b, last) + head * pick(cache_g, last) + token
     table = pick(tables, last)
     if OAT:
-        packed = coded_oat(v, table, limit, resolution, TWO, ROUNDING)
+        packed = coded_oat(v, oat_units(table, resolution, TWO), limit, TWO, ROUNDING)
         tl.store(out + e, to_integer(packed, out.dtype.element_ty), here)
     else:
         most = pick(steps, last)
         low, high = tl.minimum(tl.min(v, 0), 0.0), tl.maximum(tl.max(v, 0), 0.0)
         unit = gif_unit(low, high, limit, most)
-        code = coded_gif(v, low, unit, table + head * SIZE, e, here, limit, most, STEPPED)
+        times = v * 0.0 + 1.0
+        if STEPPED:
+            times = tl.load(table + head * SIZE + e, here, other=1.0)
+        code = coded_gif(v, low, unit, times, limit, most)
         tl.store(out + e, to_integer(code, tl.int8), here)
         put_unit(out + SIZE, unit, (batch < batches) & (which < 2))
 

@@ -84,6 +84,8 @@ def _scores(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    known_query = few.units(query_threshold, resolution, OAT, TWO_Q)
+    known_key = few.units(key_threshold, resolution, OAT, TWO_K)
     await_inputs(OVERLAP)
     release(OVERLAP)
     block, pair = tl.program_id(0), tl.program_id(1)
@@ -103,7 +105,8 @@ def _scores(
         at_query = q + batch * q_b + head[:, None] * q_h + query[:, None] * q_l + e[None, :]
         v = tl.load(at_query, there, other=0).to(tl.float32)
         if ENCODE:  # of GIF neurons the limit is the levels, the resolution the steps
-            v, of_row = few.encoded(v, query_threshold, e, inside, limit, resolution, OAT, TWO_Q, ROUNDING)
+            times = 1.0 if OAT else tl.load(query_threshold + e, inside, other=1.0)
+            v, of_row = few.encoded(v, known_query, times, limit, resolution, OAT, TWO_Q, ROUNDING)
         else:
             of_row = tl.load(q_unit + (batch * heads + head) * length + query, live, other=0.0)
         start = batch * (k_b * WORD) + group * (k_g * WORD)
@@ -114,8 +117,7 @@ def _scores(
             factor = tl.load(multiple + group * SIZE + e, inside, other=0.0)[None, :]
             of_key = tl.load(k_unit + batch * ku_b + group * ku_g + key * ku_s, key < keys, other=0.0)
             unit = tl.load(v_unit + batch * vu_b + group * vu_g + key * vu_s, key < keys, other=0.0)
-        unit0, unit1 = few.units(key_threshold, resolution, OAT, TWO_K)
-        value = few.value_of(packed, unit0, unit1, factor, OAT, TWO_K)
+        value = few.value_of(packed, known_key, factor, OAT, TWO_K)
         found = few.met(v, of_row, value, of_key, OAT, HIGH) * scaling + bias
     own = row < (tl.program_id(2) + 1) * ROWS
     tl.store(scores + place[:, None] * span + key[None, :], found, own[:, None])
@@ -174,6 +176,9 @@ def _context(
     PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    known_value = few.units(value_threshold, resolution, OAT, TWO_V)
+    known_probability = few.units(probability_threshold, resolution, OAT, TWO_P)
+    known_line = few.units(line_threshold, line_resolution, LINE, LINE_TWO)
     await_inputs(OVERLAP)
     release(OVERLAP)
     pair = tl.program_id(1)
@@ -225,7 +230,6 @@ def _context(
     else:
         origin, whole, part, step = most[:, None], total[:, None], inverse[:, None], unit[:, None]
         sums = tl.zeros((HIGH, CHANNELS), tl.float32)
-    unit0, unit1 = few.units(value_threshold, resolution, OAT, TWO_V)
     if PARTS:
         share = tl.cdiv(tl.cdiv(end - begin, parts), STEP) * STEP
         begin += mine * share
@@ -238,10 +242,8 @@ def _context(
         score = tl.load(at_score + lane, lane < end, other=float("-inf"))
         e = few.exp(score, origin, top, floor, BITS, NEAREST)
         of_value = 0.0 if OAT else tl.load(at_unit + lane, lane < end, other=0.0)
-        p = few.probability(
-            e, of_value, whole, part, step, probability_threshold, peak, resolution, OAT, TWO_P, BITS, ROUNDING
-        )
-        value = few.value_of(packed, unit0, unit1, factor, OAT, TWO_V)
+        p = few.probability(e, of_value, whole, part, step, known_probability, peak, OAT, TWO_P, BITS, ROUNDING)
+        value = few.value_of(packed, known_value, factor, OAT, TWO_V)
         sums += few.weighted(p, value, OAT, HIGH, ROWS)
     if HIGH == 1:
         sums = tl.sum(sums, 0)[None, :]
@@ -260,10 +262,9 @@ def _context(
             there,
             out,
             line,
-            line_threshold,
+            known_line,
             heads * SIZE,
             line_limit,
-            line_resolution,
             LINE,
             LINE_TWO,
             LINE_ROUNDING,
@@ -294,6 +295,7 @@ def _merge(
     E: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    known_line = few.units(line_threshold, line_resolution, LINE, LINE_TWO)
     await_inputs(OVERLAP)
     release(OVERLAP)
     row, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -309,10 +311,9 @@ def _merge(
         e < SIZE,
         out,
         line,
-        line_threshold,
+        known_line,
         heads * SIZE,
         line_limit,
-        line_resolution,
         LINE,
         LINE_TWO,
         LINE_ROUNDING,

@@ -14,7 +14,7 @@ from torch import Tensor
 from spikeform.layers.triton import tiles
 from spikeform.neurons.triton import codes
 from spikeform.neurons.triton.oat import units as units_of
-from spikeform.synapses.triton.row import put
+from spikeform.synapses.triton.row import put_by
 
 
 class Line(NamedTuple):
@@ -100,39 +100,38 @@ def product(a, b, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def encoded(
-    v, table, e, inside, limit, resolution, OAT: tl.constexpr, TWO: tl.constexpr, ROUNDING: tl.constexpr
-):  # fmt: skip
+def units(table, resolution, OAT: tl.constexpr, TWO: tl.constexpr):
+    """Thresholds and units of both sub-neurons of a population, constants; GIF neurons have none that are fixed."""
+    if OAT:
+        return units_of(table, resolution, TWO)
+    else:
+        return 0.0, 0.0, 0.0, 0.0
+
+
+@triton.jit
+def encoded(v, known, times, limit, resolution, OAT: tl.constexpr, TWO: tl.constexpr, ROUNDING: tl.constexpr):
     """What neurons send for queries ``v`` fp32 ``[HIGH, E]``, and, of GIF neurons, the unit of each row.
 
-    ``limit`` and ``resolution`` of GIF neurons: levels and steps.
+    ``known``: of :func:`units`. Of GIF neurons ``times`` ``[E]``: multiples; ``limit`` and ``resolution``: levels and
+    steps.
     """
     of_row = tl.zeros((v.shape[0],), tl.float32)
     if OAT:
-        threshold0, threshold1, unit0, unit1 = units_of(table, resolution, TWO)
+        threshold0, threshold1, unit0, unit1 = known
         code, outlier = codes.oat_code(v, threshold0, threshold1, unit0, unit1, limit, TWO, ROUNDING)
         v = codes.oat_value(code, outlier, unit0, unit1, TWO)
     else:
         low, high = tl.minimum(tl.min(v, 1), 0.0), tl.maximum(tl.max(v, 1), 0.0)
         of_row = codes.gif_unit(low, high, limit, resolution)
-        times = tl.load(table + e, inside, other=1.0)[None, :]
-        v = codes.gif_integer(v, low[:, None], of_row[:, None], times, limit, resolution)
+        v = codes.gif_integer(v, low[:, None], of_row[:, None], times[None, :], limit, resolution)
     return v, of_row
 
 
 @triton.jit
-def units(table, resolution, OAT: tl.constexpr, TWO: tl.constexpr):
-    """Units of both sub-neurons of codes that stand for real values; GIF neurons have none that are fixed."""
-    unit0, unit1 = 0.0, 0.0
-    if OAT:
-        _, _, unit0, unit1 = units_of(table, resolution, TWO)
-    return unit0, unit1
-
-
-@triton.jit
-def value_of(packed, unit0, unit1, multiple, OAT: tl.constexpr, TWO: tl.constexpr):
+def value_of(packed, known, multiple, OAT: tl.constexpr, TWO: tl.constexpr):
     """What packed codes stand for: OAT: real values; GIF: integers in the token's common unit (``multiple``)."""
     if OAT:
+        _, _, unit0, unit1 = known
         value = (packed >> 1).to(tl.float32)
         value *= tl.where((packed & 1) != 0, unit1, unit0) if TWO else unit0
     else:
@@ -189,9 +188,8 @@ def probability(
     whole,
     part,
     step,
-    threshold,
+    known,
     peak,
-    resolution,
     OAT: tl.constexpr,
     TWO: tl.constexpr,
     BITS: tl.constexpr,
@@ -203,7 +201,7 @@ def probability(
     """
     p = e * part if BITS > 0 else codes.quotient(e, whole, part)
     if OAT:
-        threshold0, threshold1, unit0, unit1 = units_of(threshold, resolution, TWO)
+        threshold0, threshold1, unit0, unit1 = known
         code, outlier = codes.oat_code(p, threshold0, threshold1, unit0, unit1, peak, TWO, ROUNDING)
         p = codes.oat_value(code, outlier, unit0, unit1, TWO)
     else:
@@ -228,20 +226,19 @@ def leave(
     live,
     out,
     line,
-    threshold,
+    known,
     width,
     limit,
-    resolution,
     LINE: tl.constexpr,
     LINE_TWO: tl.constexpr,
     LINE_ROUNDING: tl.constexpr,
     LINE_LIMBS: tl.constexpr,
     LINE_PARTS: tl.constexpr,
 ):
-    """Store what attention found; LINE: as codes of the only row (:func:`put`), and ``out`` tells its dtype alone."""
+    """Store what attention found; LINE: as codes of the only row (:func:`put_by`): ``out`` tells its dtype alone."""
     v = codes.rounded(v, out.dtype.element_ty)
     if LINE:
         v = v.to(tl.float32)
-        put(v, at, live, line, threshold, width, limit, resolution, LINE_TWO, LINE_ROUNDING, LINE_LIMBS, LINE_PARTS)
+        put_by(v, at, live, line, known, width, limit, LINE_TWO, LINE_ROUNDING, LINE_LIMBS, LINE_PARTS)
     else:
         tl.store(out + at, v, live)

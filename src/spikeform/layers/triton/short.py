@@ -122,7 +122,6 @@ def _attend(
     ENCODE: tl.constexpr,
     APPEND: tl.constexpr,
     TURN: tl.constexpr,
-    STEPPED: tl.constexpr,
     ASK: tl.constexpr,
     TWO_Q: tl.constexpr,
     TWO_K: tl.constexpr,
@@ -158,97 +157,99 @@ def _attend(
         size = tl.minimum(tl.load(token[0]).to(tl.int32), keys) * ASK
         ask_run(k.to(tl.pointer_type(tl.uint8)), size, part, tl.num_programs(0))
         ask_run(v.to(tl.pointer_type(tl.uint8)), size, part, tl.num_programs(0))
+    e, channel = tl.arange(0, E), part * CHANNELS + tl.arange(0, CHANNELS)
+    inside, within = e < SIZE, channel < SIZE
+    by_query = few.units(query_table, resolution, OAT, TWO_Q)
+    by_key = few.units(key_table, resolution, OAT, TWO_K)
+    by_value = few.units(value_table, resolution, OAT, TWO_V)
+    by_probability = few.units(probability_table, resolution, OAT, TWO_P)
+    by_line = few.units(line_threshold, line_resolution, LINE, LINE_TWO)
+    times, of_keys, of_values = 1.0, 1.0, 1.0
+    if not OAT:
+        times = tl.load(query_table + e, inside, other=1.0)
+        of_keys = tl.load(key_table + group * SIZE + e, inside, other=1.0)
+        of_values = tl.load(value_table + group * SIZE + channel, within, other=1.0)
+        k_unit += batch * ku_b + group * ku_g
+        v_unit += batch * vu_b + group * vu_g
     await_inputs(OVERLAP)
 
-    # Keys that some row sees lie in begin .. end - 1.
     head, query, row, live = few.rows_of(group, heads, groups, length, ROWS, ROWS)
-    begin, end = 0, keys
+    heads_, queries, rows, exist = few.rows_of(group, heads, groups, length, ROWS, HIGH)
+    first, last = keys, 0
     if MASKED:
-        first, last = keys, 0
         for start in tl.static_range(0, SPAN, WIDE):
             key = start + tl.arange(0, WIDE)
             exists = live[:, None] & (key < keys)[None, :]
             bias = few.bias_of(mask, batch, head, query, exists, key, m_b, m_h, m_l, m_s, least, MASKED)
             seen = tl.max(bias, 0) > float("-inf")
-            first = tl.minimum(first, tl.min(tl.where(seen, key, keys), 0))
-            last = tl.maximum(last, tl.max(tl.where(seen, key + 1, 0), 0))
-        begin, end = first // BLOCK * BLOCK, last
-
-    e, channel = tl.arange(0, E), part * CHANNELS + tl.arange(0, CHANNELS)
-    inside, within = e < SIZE, channel < SIZE
-    place, own_key, own_value, own_key_unit, own_value_unit = 0, 0, 0, 0.0, 0.0
-    if APPEND:
-        place = tl.load(token[0]).to(tl.int32)
-        at_key = token[1] + batch * token_b[0] + group * token_g[0]
-        at_value = token[2] + batch * token_b[1] + group * token_g[1]
-        given = tl.load(at_key + e, inside, other=0.0).to(tl.float32)
-        if TURN:
-            given = turned(at_key, given, e, inside, turn, batch, turn_b, SIZE)
-        own = tl.load(at_value + channel, within, other=0.0).to(tl.float32)
-        to_key = k + place.to(tl.int64) * (k_s * K_WORD)
-        to_value = v + place.to(tl.int64) * (v_s * V_WORD)
-        if OAT:
-            given = coded_oat(given, key_table, limit, resolution, TWO_K, ROUNDING)
-            own = coded_oat(own, value_table, limit, resolution, TWO_V, ROUNDING)
-        else:
-            low, high = tl.minimum(tl.min(given, 0), 0.0), tl.maximum(tl.max(given, 0), 0.0)
-            own_key_unit = gif_unit(low, high, limit, key_steps)
-            times = key_table + group * SIZE
-            given = coded_gif(given, low, own_key_unit, times, e, inside, limit, key_steps, STEPPED)
-            whole = tl.load(at_value + e, inside, other=0.0).to(tl.float32)
-            low, high = tl.minimum(tl.min(whole, 0), 0.0), tl.maximum(tl.max(whole, 0), 0.0)
-            own_value_unit = gif_unit(low, high, limit, value_steps)
-            times = value_table + group * SIZE
-            own = coded_gif(own, low, own_value_unit, times, channel, within, limit, value_steps, STEPPED)
-            put_unit(to_key + SIZE, own_key_unit, part == 0)
-            put_unit(to_value + SIZE, own_value_unit, part == 0)
-        own_key, own_value = to_integer(given, tl.int32), to_integer(own, tl.int32)
-        tl.store(to_key + e, own_key.to(k.dtype.element_ty), inside & (part == 0))
-        tl.store(to_value + channel, own_value.to(v.dtype.element_ty), within)
-
-    held, all_keys = tl.zeros((1, 1), tl.int32), tl.arange(0, SPAN)
-    if HELD:
-        known = _cached(all_keys, begin, end, place, APPEND)[:, None] & within[None, :]
-        held = tl.load(v + all_keys[:, None] * (v_s * V_WORD) + channel[None, :], known, other=0)
-
-    heads_, queries, rows, exist = few.rows_of(group, heads, groups, length, ROWS, HIGH)
+            first = tl.minimum(first, tl.where(seen, key, keys))
+            last = tl.maximum(last, tl.where(seen, key + 1, 0))
     at_query = q + batch * q_b + heads_[:, None] * q_h + queries[:, None] * q_l
     asks = exist[:, None] & inside[None, :]
     x = tl.load(at_query + e[None, :], asks, other=0).to(tl.float32)
     if TURN:
         x = turned(at_query, x, e[None, :] + tl.zeros_like(asks).to(tl.int32), asks, turn, batch, turn_b, SIZE)
+    place, own_key, own_value, own_key_unit, own_value_unit = 0, 0, 0, 0.0, 0.0
+    if APPEND:
+        place = tl.load(token[0]).to(tl.int32)
+        at_key = token[1] + batch * token_b[0] + group * token_g[0]
+        at_value = token[2] + batch * token_b[1] + group * token_g[1]
+        y = tl.load(at_key + e, inside, other=0.0).to(tl.float32)
+        if TURN:
+            y = turned(at_key, y, e, inside, turn, batch, turn_b, SIZE)
+        z = tl.load(at_value + channel, within, other=0.0).to(tl.float32)
+        whole = 0.0 if OAT else tl.load(at_value + e, inside, other=0.0).to(tl.float32)
+    begin, end = 0, keys  # keys that some row sees
+    if MASKED:
+        begin, end = tl.min(first, 0) // BLOCK * BLOCK, tl.max(last, 0)
+
+    held, all_keys = tl.zeros((1, 1), tl.int32), tl.arange(0, SPAN)
+    if HELD:
+        there = _cached(all_keys, begin, end, place, APPEND)[:, None] & within[None, :]
+        held = tl.load(v + all_keys[:, None] * (v_s * V_WORD) + channel[None, :], there, other=0)
     if ENCODE:
-        x, of_row = few.encoded(x, query_table, e, inside, limit, resolution, OAT, TWO_Q, ROUNDING)
+        x, of_row = few.encoded(x, by_query, times, limit, resolution, OAT, TWO_Q, ROUNDING)
     else:
         of_row = tl.load(q_unit + (batch * heads + heads_) * length + queries, exist, other=0.0)
     scratch = (pair.to(tl.int64) * tl.num_programs(0) + part) * (ROWS * SPAN)
     scores += scratch
     sent += scratch
-    factor = 0.0
-    if not OAT:
-        factor = tl.load(key_table + group * SIZE + e, inside, other=0.0)[None, :]
-        k_unit += batch * ku_b + group * ku_g
-        v_unit += batch * vu_b + group * vu_g
-    unit0, unit1 = few.units(key_table, resolution, OAT, TWO_K)
     for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
         some = start + tl.arange(0, BLOCK)
-        known_key = _cached(some, begin, end, place, APPEND)
+        known = _cached(some, begin, end, place, APPEND)
         at = k + some[:, None] * (k_s * K_WORD) + e[None, :]
-        packed_key = tl.load(at, known_key[:, None] & inside[None, :], other=0).to(tl.int32)
+        packed_key = tl.load(at, known[:, None] & inside[None, :], other=0).to(tl.int32)
         of_key = 0.0
         if not OAT:
-            of_key = tl.load(k_unit + some * ku_s, known_key, other=0.0)
-        real = few.value_of(packed_key, unit0, unit1, factor, OAT, TWO_K)
+            of_key = tl.load(k_unit + some * ku_s, known, other=0.0)
+        real = few.value_of(packed_key, by_key, 1.0 if OAT else of_keys[None, :], OAT, TWO_K)
         found = few.met(x, of_row, real, of_key, OAT, HIGH)
-        tl.store(scores + rows[:, None] * SPAN + some[None, :], found, (rows < ROWS)[:, None])
-    tl.debug_barrier()  # scores are read by other lanes than wrote them
-    if APPEND:  # its score in place of that of what the cache held
-        real = few.value_of(own_key[None, :], unit0, unit1, factor, OAT, TWO_K)
-        found = tl.sum(x * real, 1)
+        tl.store(scores + rows[:, None] * SPAN + some[None, :], found, (rows < ROWS)[:, None] & known[None, :])
+    if APPEND:
+        if OAT:
+            y = coded_oat(y, by_key, limit, TWO_K, ROUNDING)
+            z = coded_oat(z, by_value, limit, TWO_V, ROUNDING)
+        else:
+            low, high = tl.minimum(tl.min(y, 0), 0.0), tl.maximum(tl.max(y, 0), 0.0)
+            own_key_unit = gif_unit(low, high, limit, key_steps)
+            y = coded_gif(y, low, own_key_unit, of_keys, limit, key_steps)
+            low, high = tl.minimum(tl.min(whole, 0), 0.0), tl.maximum(tl.max(whole, 0), 0.0)
+            own_value_unit = gif_unit(low, high, limit, value_steps)
+            z = coded_gif(z, low, own_value_unit, of_values, limit, value_steps)
+        own_key, own_value = to_integer(y, tl.int32), to_integer(z, tl.int32)
+        real = few.value_of(own_key[None, :], by_key, 1.0 if OAT else of_keys[None, :], OAT, TWO_K)
+        score_own = tl.sum(x * real, 1)
         if not OAT:
-            found = found * of_row * own_key_unit
-        tl.store(scores + rows * SPAN + place, found, rows < ROWS)
-        tl.debug_barrier()
+            score_own = score_own * of_row * own_key_unit
+        tl.store(scores + rows * SPAN + place, score_own, rows < ROWS)
+        to_key = k + place.to(tl.int64) * (k_s * K_WORD)
+        to_value = v + place.to(tl.int64) * (v_s * V_WORD)
+        tl.store(to_key + e, own_key.to(k.dtype.element_ty), inside & (part == 0))
+        tl.store(to_value + channel, own_value.to(v.dtype.element_ty), within)
+        if not OAT:
+            put_unit(to_key + SIZE, own_key_unit, part == 0)
+            put_unit(to_value + SIZE, own_value_unit, part == 0)
+    tl.debug_barrier()  # scores are read by other lanes than wrote them
 
     bases = ()
     most = tl.full((ROWS, WIDE), float("-inf"), tl.float32)
@@ -278,20 +279,17 @@ def _attend(
         if not OAT:
             of_value = _units(v_unit, key, vu_s, begin, end, place, own_value_unit, APPEND)
         p = few.probability(
-            exponentials[start // WIDE], of_value, total[:, None], inverse[:, None], unit[:, None],
-            probability_table, peak, resolution, OAT, TWO_P, BITS, ROUNDING,
+            exponentials[start // WIDE], of_value, total[:, None], inverse[:, None], unit[:, None], by_probability,
+            peak, OAT, TWO_P, BITS, ROUNDING,
         )  # fmt: skip
         tl.store(sent + row[:, None] * SPAN + key[None, :], p)
     tl.debug_barrier()
 
-    height = 0.0
-    if not OAT:
-        height = tl.load(value_table + group * SIZE + channel, within, other=0.0)[None, :]
-    unit0, unit1 = few.units(value_table, resolution, OAT, TWO_V)
+    height = 1.0 if OAT else of_values[None, :]
     shares = sent if HIGH == 1 else sent + row[:, None] * SPAN
     if HELD:
         share = tl.load(shares + (all_keys[:, None] if HIGH == 1 else all_keys[None, :]))
-        sums = few.weighted(share, few.value_of(held.to(tl.int32), unit0, unit1, height, OAT, TWO_V), OAT, HIGH, ROWS)
+        sums = few.weighted(share, few.value_of(held.to(tl.int32), by_value, height, OAT, TWO_V), OAT, HIGH, ROWS)
     else:
         sums = tl.zeros((STEP if HIGH == 1 else HIGH, CHANNELS), tl.float32)
         for start in tl.range(begin, end, STEP, num_stages=STAGES):
@@ -300,18 +298,18 @@ def _attend(
             packed = tl.load(v + more[:, None] * (v_s * V_WORD) + channel[None, :], known_value, other=0).to(tl.int32)
             lane = more[:, None] if HIGH == 1 else more[None, :]
             share = tl.load(shares + lane, lane < end, other=0.0)
-            sums += few.weighted(share, few.value_of(packed, unit0, unit1, height, OAT, TWO_V), OAT, HIGH, ROWS)
+            sums += few.weighted(share, few.value_of(packed, by_value, height, OAT, TWO_V), OAT, HIGH, ROWS)
     if HIGH == 1:
         sums = tl.sum(sums, 0)[None, :]
     if APPEND:
         share = tl.load(sent + rows * SPAN + place, rows < ROWS, other=0.0)
-        sums += share[:, None] * few.value_of(own_value[None, :], unit0, unit1, height, OAT, TWO_V)
+        sums += share[:, None] * few.value_of(own_value[None, :], by_value, height, OAT, TWO_V)
     if not OAT:
         sums *= unit[:, None] if HIGH == 1 else few.sixteen(unit[:, None], ROWS)
     to = ((batch * length + queries[:, None]) * heads + heads_[:, None]) * SIZE + channel[None, :]
     few.leave(
-        sums, to, exist[:, None] & within[None, :], out, line, line_threshold, heads * SIZE, line_limit,
-        line_resolution, LINE, LINE_TWO, LINE_ROUNDING, LINE_LIMBS, LINE_PARTS,
+        sums, to, exist[:, None] & within[None, :], out, line, by_line, heads * SIZE, line_limit, LINE,
+        LINE_TWO, LINE_ROUNDING, LINE_LIMBS, LINE_PARTS,
     )  # fmt: skip
 
 
@@ -415,7 +413,7 @@ def attend(
         *v.unit_places, *mask.places, *[tuple([x.stride(axis) for x in tokens[1:]]) for axis in (0, 1)],
         tuple([x.stride(0) if x.shape[0] > 1 else 0 for x in turn]), *where, K_WORD=k.word, V_WORD=v.word,
         ENCODE=q_unit is None, APPEND=token is not None, TURN=token is not None and token.cos is not None,
-        STEPPED=max(steps) > 1, ASK=asked, MASKED=mask.values is not None, ROWS=form.rows,
+        ASK=asked, MASKED=mask.values is not None, ROWS=form.rows,
         HIGH=1 if form.rows == 1 else 16, SIZE=size, E=padded(size), CHANNELS=form.channels, SPAN=span,
         WIDE=min(span, max(4096 // form.rows, 64)), BLOCK=form.block, STEP=form.step, STAGES=form.stages,
         HELD=form.step >= span, num_warps=form.warps, **given.how, **given.two, **kept, **meta(),
