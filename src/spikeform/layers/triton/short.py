@@ -141,12 +141,13 @@ def _attend(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
-    HELD: tl.constexpr,
+    ONCE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """``token``: where the key and value of a token go, and they; ``turn``: cos and sin. SPAN: keys, or more.
 
-    HELD: values are asked for before scores are found. ASK: bytes of a key's codes, if one head's lie together.
+    ONCE: a single row meets all values at once, and they are asked for before its scores are found. ASK: bytes of a
+    key's codes, if one head's lie together.
     """
     release(OVERLAP)
     part, pair = tl.program_id(0), tl.program_id(1)
@@ -204,7 +205,7 @@ def _attend(
         begin, end = tl.min(first, 0) // BLOCK * BLOCK, tl.max(last, 0)
 
     held, all_keys = tl.zeros((1, 1), tl.int32), tl.arange(0, SPAN)
-    if HELD:
+    if ONCE:
         there = _cached(all_keys, begin, end, place, APPEND)[:, None] & within[None, :]
         held = tl.load(v + all_keys[:, None] * (v_s * V_WORD) + channel[None, :], there, other=0)
     if ENCODE:
@@ -282,28 +283,34 @@ def _attend(
             exponentials[start // WIDE], of_value, total[:, None], inverse[:, None], unit[:, None], by_probability,
             peak, OAT, TWO_P, BITS, ROUNDING,
         )  # fmt: skip
-        tl.store(sent + row[:, None] * SPAN + key[None, :], p)
-    tl.debug_barrier()
+        if not ONCE:
+            tl.store(sent + row[:, None] * SPAN + key[None, :], p)
+    if not ONCE:
+        tl.debug_barrier()
 
     height = 1.0 if OAT else of_values[None, :]
-    shares = sent if HIGH == 1 else sent + row[:, None] * SPAN
-    if HELD:
-        share = tl.load(shares + (all_keys[:, None] if HIGH == 1 else all_keys[None, :]))
-        sums = few.weighted(share, few.value_of(held.to(tl.int32), by_value, height, OAT, TWO_V), OAT, HIGH, ROWS)
+    if ONCE:
+        of_all = tl.reshape(p, (SPAN,))
+        of_own = tl.sum(tl.where(all_keys == place, of_all, 0.0), 0, keep_dims=True)
+        sums = of_all[:, None] * few.value_of(held.to(tl.int32), by_value, height, OAT, TWO_V)
     else:
         sums = tl.zeros((STEP if HIGH == 1 else HIGH, CHANNELS), tl.float32)
         for start in tl.range(begin, end, STEP, num_stages=STAGES):
             more = start + tl.arange(0, STEP)
-            known_value = _cached(more, begin, end, place, APPEND)[:, None] & within[None, :]
-            packed = tl.load(v + more[:, None] * (v_s * V_WORD) + channel[None, :], known_value, other=0).to(tl.int32)
-            lane = more[:, None] if HIGH == 1 else more[None, :]
-            share = tl.load(shares + lane, lane < end, other=0.0)
+            there_too = _cached(more, begin, end, place, APPEND)[:, None] & within[None, :]
+            packed = tl.load(v + more[:, None] * (v_s * V_WORD) + channel[None, :], there_too, other=0).to(tl.int32)
+            if HIGH == 1:
+                share = tl.load(sent + more, more < end, other=0.0)[:, None]
+            else:
+                share = tl.load(sent + row[:, None] * SPAN + more[None, :], (more < end)[None, :], other=0.0)
             sums += few.weighted(share, few.value_of(packed, by_value, height, OAT, TWO_V), OAT, HIGH, ROWS)
+        of_own = 0.0
+        if APPEND:
+            of_own = tl.load(sent + rows * SPAN + place, rows < ROWS, other=0.0)
     if HIGH == 1:
         sums = tl.sum(sums, 0)[None, :]
     if APPEND:
-        share = tl.load(sent + rows * SPAN + place, rows < ROWS, other=0.0)
-        sums += share[:, None] * few.value_of(own_value[None, :], by_value, height, OAT, TWO_V)
+        sums += of_own[:, None] * few.value_of(own_value[None, :], by_value, height, OAT, TWO_V)
     if not OAT:
         sums *= unit[:, None] if HIGH == 1 else few.sixteen(unit[:, None], ROWS)
     to = ((batch * length + queries[:, None]) * heads + heads_[:, None]) * SIZE + channel[None, :]
@@ -340,8 +347,8 @@ class Form(NamedTuple):
         rows: Queries of one key/value head.
         block: Keys that it takes at once while it finds scores.
         channels: Of its sums.
-        step: Keys that it takes at once while it sums values; as many as there may be, or more: all of them, and they
-            are asked for before scores are found.
+        step: Keys that it takes at once while it sums values; of one row as many as there may be, or more: all of them,
+            and they are asked for before scores are found.
         stages: Loads under way.
         warps: Of the program.
     """
@@ -416,7 +423,7 @@ def attend(
         ASK=asked, MASKED=mask.values is not None, ROWS=form.rows,
         HIGH=1 if form.rows == 1 else 16, SIZE=size, E=padded(size), CHANNELS=form.channels, SPAN=span,
         WIDE=min(span, max(4096 // form.rows, 64)), BLOCK=form.block, STEP=form.step, STAGES=form.stages,
-        HELD=form.step >= span, num_warps=form.warps, **given.how, **given.two, **kept, **meta(),
+        ONCE=form.step >= span and form.rows == 1, num_warps=form.warps, **given.how, **given.two, **kept, **meta(),
     )  # fmt: skip
 
 
