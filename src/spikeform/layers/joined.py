@@ -7,7 +7,8 @@ them. A pass over the graph that ``torch.compile`` made (Inductor, on a GPU) see
 - products of one row and of one kind become one encoder and one product of several matrices;
 - a norm, a gate times its other factor, or attention, that goes nowhere else encodes what it leaves: of spikes, or
   plain ones before GIF neurons;
-- where the next thing is such a norm, a residual is added by the product;
+- where the next thing is such a norm, a residual is added by the product, and so is a gate's function put on it where
+  GIF neurons come next;
 - keys and values of one token are turned by their position (so are queries), encoded and put into their cache by the
   operator that attends to it, and the lengths of all caches move on in one.
 
@@ -180,7 +181,7 @@ def _join(graph: Graph, group: list[Product], order: dict[Node, int], normed: se
     residual, total = _residual(group, order, normed)
     encoder, source, made = first.encoder, (x,), _made(x, group)
     if made is not None:
-        encoder, source = made.encoder, made.source
+        encoder, source = made.encoder, _activated(made)
     y = value(first.node)
     last = residual, y.dtype, list(y.shape[:-1]), *first.sums
     with graph.inserting_before(first.node):
@@ -214,6 +215,24 @@ def _made(x: Node, group: list[Product]) -> Made | None:
     elif x is not made:
         return None
     return Made(PRODUCERS[made.target], made.args, [*dict.fromkeys((x, made))])  # a view of it, if any, before it
+
+
+def _activated(made: Made) -> tuple:
+    """The source of ``made``; the function of a gate that goes nowhere else is left to the product that makes it.
+
+    There it is computed once a channel. Each program that encodes GIF neurons' input computes it for the whole row.
+    """
+    if made.encoder is not OPS.row_gated_gif.default:
+        return made.source
+    gate, up, function = made.source
+    if gate.target is not getitem or set(gate.users) - set(made.nodes):
+        return made.source
+    makes = gate.args[0]
+    known = makes.target is OPS.row_product.default and len(makes.args) == 10  # no function yet
+    if not known or value(makes.args[1][0]).dtype.is_floating_point:
+        return made.source
+    makes.args = (*makes.args, function, gate.args[1])
+    return gate, up, ""
 
 
 def _residual(group: list[Product], order: dict[Node, int], normed: set[Node]) -> tuple[Node | None, Node | None]:

@@ -190,7 +190,8 @@ def _attend(
     x = tl.load(at_query + e[None, :], asks, other=0).to(tl.float32)
     if TURN:
         x = turned(at_query, x, e[None, :] + tl.zeros_like(asks).to(tl.int32), asks, turn, batch, turn_b, SIZE)
-    place, own_key, own_value, own_key_unit, own_value_unit = 0, 0, 0, 0.0, 0.0
+    place, y, z, whole = part * 0, x, x, x
+    own_key, own_value, own_key_unit, own_value_unit = 0, 0, 0.0, 0.0
     if APPEND:
         place = tl.load(token[0]).to(tl.int32)
         at_key = token[1] + batch * token_b[0] + group * token_g[0]
@@ -273,6 +274,7 @@ def _attend(
             of_value = _units(v_unit, start + tl.arange(0, WIDE), vu_s, begin, end, place, own_value_unit, APPEND)
             heights = tl.maximum(heights, power * of_value)
         exponentials += (power,)
+    p = most
     total, inverse, unit = few.normal(terms, heights, peak, top, floor, OAT, BITS, NEAREST)
     for start in tl.static_range(0, SPAN, WIDE):
         key = start + tl.arange(0, WIDE)
