@@ -1,6 +1,6 @@
 """Attention on codes on a GPU: checked against SpikingAttention, timed beside PyTorch's attention in bf16.
 
-    python benchmarks/gpu_attention.py [--out FILE] [--before FILE] [--seconds 90] [--sweep decode|prefill|all]
+    python benchmarks/gpu_attention.py [--out FILE] [--before FILE] [--seconds 90] [--sweep short|decode|prefill|all]
 
 What matters most is timed first, beside the figures of ``--before`` (default: the file in results/). When ``--seconds``
 are spent, what is left is named and not measured, and the file is called ``.partial.json``. ``--sweep`` prints the
@@ -29,7 +29,7 @@ import triton
 from torch import Tensor
 
 from spikeform.layers import SpikingAttention
-from spikeform.layers.triton import attention, decode, prefill
+from spikeform.layers.triton import attention, decode, prefill, short
 from spikeform.layers.triton.operands import Counts, Mask, Populations, dense, padded, train
 from spikeform.layers.triton.query import encode_gif
 from spikeform.neurons import GIF, OAT, Dynamic, FixedPointHG
@@ -103,7 +103,10 @@ class Case:
         if self.kind == "gif" and (spiking.signs is not None or length > attention.FEW):
             tables = spiking.query.tables()
             rows, units = encode_gif(rows, spiking.signs, tables.multiple, spiking.query.levels, spiking.query.steps)
-        attend = decode.attend if length <= attention.FEW else prefill.attend
+        groups, keys, _ = k.shape[1:]
+        suits = short.suits(batch, groups, heads // groups * length, keys, size, k.element_size())
+        few = short.attend if isinstance(form, short.Form) or (form is None and suits) else decode.attend
+        attend = few if length <= attention.FEW else prefill.attend
         seen = Mask.of(self.mask, batch, heads, length, k.shape[2])
         attend(rows, units, train(k, size), train(v, size), seen, size**-0.5, self.rule(), size, out, form)
         return out
@@ -252,6 +255,14 @@ def decode_forms(case: Case) -> list[decode.Form]:
     return forms
 
 
+def short_forms(case: Case) -> list[short.Form]:
+    codes = case.caches[0][0]
+    groups, slots = codes.shape[1:3]
+    usual = short.form_of(slots, case.q.shape[1] // groups * case.q.shape[2], case.size, codes.element_size(), groups)
+    sizes = itertools.product((64, 128), (32, 64, 128), (64, short.span_of(slots)), (1, 3), (4, 8, 16))
+    return [usual, *[usual._replace(block=b, channels=c, step=s, stages=n, warps=w) for b, c, s, n, w in sizes]]
+
+
 def prefill_forms(case: Case) -> list[prefill.Form]:
     usual = prefill.form_of(case.q.shape[2], padded(case.size), case.kind == "oat")
     sizes = itertools.product(((64, 4), (128, 8)), (32, 64, 128), (2, 3))
@@ -262,10 +273,12 @@ def prefill_forms(case: Case) -> list[prefill.Form]:
 def sweep(which: str) -> list[dict]:
     """The fastest sizes of programs for each shape, beside those of the table."""
     found = []
-    shapes = [(1, 256, 32), (1, 1024, 32), (1, 1024, 8), (1, 4096, 8)] if which == "decode" else [(2048, 2048, 32)]
+    few = [(1, 256, 32), (1, 1024, 32), (1, 1024, 8)]
+    shapes = {"short": few, "decode": [*few, (1, 4096, 8)], "prefill": [(2048, 2048, 32)]}[which]
+    forms = {"short": short_forms, "decode": decode_forms, "prefill": prefill_forms}[which]
     for kind, (length, slots, groups) in itertools.product(KINDS, shapes):
         case, timed = Case(kind, length, slots, slots, 32, groups), []
-        for form in (decode_forms if which == "decode" else prefill_forms)(case):
+        for form in forms(case):
             try:
                 timed.append((microseconds(lambda i, case=case, form=form: case.run(i, form), 4, 8), form))
             except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
@@ -284,7 +297,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=default / "gpu-attention.json")
     parser.add_argument("--before", type=Path, default=Path(__file__).parent / "results" / "gpu-attention.json")
     parser.add_argument("--seconds", type=float, default=90)
-    parser.add_argument("--sweep", choices=("decode", "prefill", "all"))
+    parser.add_argument("--sweep", choices=("short", "decode", "prefill", "all"))
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -299,7 +312,7 @@ def main() -> None:
     result["times"] = times(args.quick, before, clock)
     result["parts"] = parts(clock) if DEVICE == "cuda" else []
     result["check"] = check(args.quick, clock)
-    for which in ("decode", "prefill"):
+    for which in ("short", "decode", "prefill"):
         if args.sweep in (which, "all") and not args.quick:
             result[f"{which}_sweep"] = sweep(which)
     print("left out:", clock.left_out or "nothing", flush=True)

@@ -307,8 +307,8 @@ def test_a_compiled_step(method, settings):
     apart, whole = seen  # each compiled once, for both tokens
     assert apart["row_product"] == 0
     assert whole["row_product"] == 4  # q, k, v; o; gate, up; down
-    las = {"row_norm": 2, "row_gated": 1, "row_attention": 1, "oat_append_turned": 1, "hg_norm": 1}
-    gif = {"row_norm_gif": 2, "row_gated_gif": 1, "row_gif": 1, "gif_append_turned": 1, "gif_attention": 1}
+    las = {"row_norm": 2, "row_gated": 1, "row_appended": 1, "hg_norm": 1}
+    gif = {"row_norm_gif": 2, "row_gated_gif": 1, "row_gif": 1, "gif_appended": 1}
     assert whole == Counter(row_product=4, advance=1, **(las if method == "LAS" else gif))
     assert torch.allclose(torch.cat(logits[0]), torch.cat(logits[1]), atol=1e-3, rtol=1e-3)
     assert (caches[0] != caches[1]).float().mean() < 0.01

@@ -13,6 +13,7 @@ from torch.nn.functional import relu, silu
 
 from kernels import DEVICE, INTERPRETED, fused, let_bounds_be_scalars, needs_triton, not_interpreted, on_the_interpreter
 from spikeform.layers import joined, nodes
+from spikeform.synapses.fused import pack_nibbles
 from spikeform.synapses.rows import SUMMED
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -77,6 +78,31 @@ def test_codes_of_what_is_made(loops, monkeypatch, width, steps, bite, packed, d
     agree(row.row_gif(silu(gate) * other, *how), produced_gif.row_gated_gif(gate, other, "silu", *how), width)
 
 
+@fused
+@DTYPES
+@pytest.mark.parametrize("packed", [False, True], ids=["bytes", "nibbles"])
+def test_a_product_puts_the_function_on_the_gate(loops, packed, dtype):
+    from spikeform.synapses.triton import produced_gif, row
+    from spikeform.synapses.triton.stream import row_product
+
+    inner, width = 320, 192
+    codes = row.row_gif(random(1, 1, inner, dtype=dtype), [torch.ones(inner, device=DEVICE)] * 2, 15, 1, packed)
+    integers = [(random(width, inner, seed=i) * 2).clamp(-8, 7).to(DEVICE, torch.int8) for i in (1, 2)]
+    weights = [pack_nibbles(w + 8) for w in integers] if packed else integers
+    zeros = [torch.full((width,), 8, dtype=torch.int16, device=DEVICE)] * 2 if packed else ()
+    matrices = weights, [torch.full((width,), 0.01, device=DEVICE)] * 2, zeros, ()
+    how = [torch.ones(width, device=DEVICE)], 15, 1, packed
+    for at in range(2):
+        apart = row_product(codes, *matrices, None, dtype, [1, 1], 1, 1)
+        whole = row_product(codes, *matrices, None, dtype, [1, 1], 1, 1, "silu", at)
+        assert torch.equal(apart[1 - at], whole[1 - at])
+        assert not torch.equal(apart[at], whole[at])
+        wanted = produced_gif.row_gated_gif(apart[at], apart[1 - at], "silu", *how)
+        found = produced_gif.row_gated_gif(whole[at], whole[1 - at], "", *how)
+        used = width // 4 + 2
+        assert torch.equal(wanted[:, :used], found[:, :used])
+
+
 class Step(torch.nn.Module):
     """Products of one row as a block of a LLaMA has them, and a norm or a gate that a test may change."""
 
@@ -132,6 +158,10 @@ def test_they_are_found(monkeypatch, dtype, changed):
     assert (before[norm], after[norm], after[add]) == (1, 0, 1)  # the residual of what is next is not known here
     (made,) = (n for n in product.graph.nodes if n.target is torch.ops.spikeform.row_norm_gif.default)
     assert made.args[2] == (1e-5 if changed else 1e-6)
+    (gated,) = (n for n in product.graph.nodes if n.target is torch.ops.spikeform.row_gated_gif.default)
+    assert gated.args[2] == ""  # the product of gate and up has put its function on the gate
+    makes, index = gated.args[0].args
+    assert makes.args[-2:] == ("silu", index)
 
 
 @DTYPES

@@ -30,23 +30,23 @@ def _row(q: Tensor, *args) -> Tensor:
     return q.new_empty((1, words_of_oat(q[0].numel(), thresholds[0].numel(), limit, parts)), dtype=torch.int32)
 
 
+_OAT = (
+    "Tensor q, Tensor{} k, Tensor{} v, Tensor? mask, float scaling, Tensor query, Tensor key, Tensor value,"
+    " Tensor probability, int {own}limit, int peak, int {own}resolution, int {own}rounding, int bits, bool nearest,"
+    " int low, int high"
+)
+_GIF = (
+    "Tensor q, Tensor{} k, Tensor{} v, Tensor? mask, float scaling, Tensor? signs, Tensor q_top, Tensor q_multiple,"
+    " int q_steps, Tensor k_top, Tensor k_multiple, int k_steps, Tensor v_top, Tensor v_multiple, int v_steps,"
+    " int levels, int peak"
+)
 # SpikingAttention with MT or OAT populations without channel shifts. bits = 0: the softmax is real; else by HGs of
 # exp and 1/x of so many bits. Thresholds [R] each; codes of queries reach ``limit``, those of probabilities ``peak``.
-oat_attention = _define(
-    "oat_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scaling, Tensor query, Tensor key, Tensor value,"
-    " Tensor probability, int limit, int peak, int resolution, int rounding, int bits, bool nearest, int low, int high)"
-    " -> Tensor",
-    _context,
-)
+oat_attention = _define(f"oat_attention({_OAT.format('', '', own='')}) -> Tensor", _context)
 # SpikingAttention with GIF populations whose range is the token's (signed, unified), a real softmax, and probabilities
 # encoded by Dynamic with codes up to ``peak``. Query tables [E], key and value tables [G, 1, E]; signs int8 [E], or
 # None.
-gif_attention = _define(
-    "gif_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scaling, Tensor? signs, Tensor q_top,"
-    " Tensor q_multiple, int q_steps, Tensor k_top, Tensor k_multiple, int k_steps, Tensor v_top, Tensor v_multiple,"
-    " int v_steps, int levels, int peak) -> Tensor",
-    _context,
-)
+gif_attention = _define(f"gif_attention({_GIF.format('', '')}) -> Tensor", _context)
 
 
 def _prompt(q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,39 +77,25 @@ ssa_attention = define(
     "spikeform.layers.cpu.ssa:ssa_attention",
     "spikeform.layers.triton.ssa:ssa_attention",
 )
+
+
+def _on_gpu(schema: str, fake):
+    """An operator of compiled graphs, on a GPU alone."""
+    place = f"spikeform.layers.triton.attention:{schema.partition('(')[0]}"
+    return define(schema, fake, place, place)
+
+
 # Codes of what oat_attention leaves of one row, for one matrix: see :mod:`spikeform.synapses.rows`, whose arguments
-# follow. On a GPU alone, in compiled graphs, as are these:
-row_attention = define(
-    "row_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scaling, Tensor query, Tensor key, Tensor value,"
-    " Tensor probability, int own_limit, int peak, int own_resolution, int own_rounding, int bits, bool nearest,"
-    f" int low, int high, {POPULATIONS}) -> Tensor",
-    _row,
-    *["spikeform.layers.triton.attention:row_attention"] * 2,
-)
-# What attention's neurons pack of one token's keys and values [B, G, 1, E], written into caches [B, G, S, ...] at
-# ``place`` int64 [1] or []; limit, resolution and rounding, or levels, are those of both. ``turned``: key and query
-# [B, H, 1, E] are turned by cos and sin [B or 1, 1, 1, E] first (rotary embedding by halves); the query is given back.
-_CACHES = "Tensor(a!) keys, Tensor(b!) values, Tensor place"
-_OAT = "Tensor key_threshold, Tensor value_threshold, int limit, int resolution, int rounding"
-_GIF = "Tensor key_multiple, Tensor value_multiple, int levels, int key_steps, int value_steps"
-_TURN = "Tensor query, Tensor cos, Tensor sin"
-
-
-def _turned(*args: Tensor) -> Tensor:
-    query = args[-3]
-    return query.new_empty(query.shape)
-
-
-def _append(name: str, given: str, turned: bool):
-    home = f"spikeform.layers.triton.append:{name}"
-    schema = f"{_CACHES}, Tensor key, Tensor value, {given}"
-    if turned:
-        return define(f"{name}_turned({schema}, {_TURN}) -> Tensor", _turned, home, home)
-    return define(f"{name}({schema}) -> ()", lambda *_: None, home, home)
-
-
-oat_append, oat_append_turned = (_append("oat_append", _OAT, turned) for turned in (False, True))
-gif_append, gif_append_turned = (_append("gif_append", _GIF, turned) for turned in (False, True))
+# come last.
+row_attention = _on_gpu(f"row_attention({_OAT.format('', '', own='own_')}, {POPULATIONS}) -> Tensor", _row)
+# The same attentions of one query each, after what neurons pack of one token's key and value [B, G, 1, E] has been
+# written into the caches k and v [B, G, S, ...] at ``place`` int64 [1] or []. With cos and sin [B or 1, 1, 1, E] the
+# key and the query are turned by them first (rotary embedding by halves).
+_TOKEN = "Tensor place, Tensor own_key, Tensor own_value, Tensor? cos, Tensor? sin"
+_CHANGED = "(a!)", "(b!)"
+oat_appended = _on_gpu(f"oat_appended({_OAT.format(*_CHANGED, own='')}, {_TOKEN}) -> Tensor", _context)
+gif_appended = _on_gpu(f"gif_appended({_GIF.format(*_CHANGED)}, {_TOKEN}) -> Tensor", _context)
+row_appended = _on_gpu(f"row_appended({_OAT.format(*_CHANGED, own='own_')}, {_TOKEN}, {POPULATIONS}) -> Tensor", _row)
 # Adds to integers [], each a tensor of its own.
 advance = define(
     "advance(Tensor(a!)[] counters, int by) -> ()", lambda *_: None, *["spikeform.layers.triton.append:advance"] * 2

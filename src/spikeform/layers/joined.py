@@ -8,10 +8,11 @@ them. A pass over the graph that ``torch.compile`` made (Inductor, on a GPU) see
   GIF neurons do, whose matrices then meet one encoding;
 - a norm, a gate times its other factor, or attention, that goes nowhere else encodes what it leaves: of spikes, or
   plain ones before GIF neurons;
-- where the next thing is such a norm, a residual is added by the product;
-- keys and values of one token are turned by their position (so are queries), encoded and put into their cache by one
-  operator, and the lengths of all caches move on in one;
-- so are those of a prompt before GIF neurons, by the operator that then attends.
+- where the next thing is such a norm, a residual is added by the product, and so is a gate's function put on it where
+  GIF neurons come next;
+- keys and values of one token are turned by their position (so are queries), encoded and put into their cache by the
+  operator that attends to it, and the lengths of all caches move on in one;
+- those of a prompt before GIF neurons are turned and encoded by the operator that attends, too.
 
 Modules, checkpoints and models that are not compiled know nothing of it; what a hook changes is in the graph. Sums are
 the same in the same order. A norm sums its squares in another: a code may differ where a last bit decides.
@@ -95,7 +96,9 @@ PRODUCERS = {
     OPS.hg_norm.default: OPS.row_norm.default,
     OPS.hg_gated.default: OPS.row_gated.default,
     OPS.oat_attention.default: OPS.row_attention.default,
+    OPS.oat_appended.default: OPS.row_appended.default,
 }
+ATTENTIONS = OPS.oat_attention.default, OPS.oat_appended.default
 VIEWS = {torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 
 
@@ -187,7 +190,7 @@ def _join(graph: Graph, group: list[Product], order: dict[Node, int], normed: se
     residual, total = _residual(group, order, normed)
     encoder, source, made = first.encoder, (x,), _made(x, group)
     if made is not None:
-        encoder, source = made.encoder, made.source
+        encoder, source = made.encoder, _activated(made)
     y = value(first.node)
     last = residual, y.dtype, list(y.shape[:-1]), *first.sums
     with graph.inserting_before(first.node):
@@ -223,12 +226,30 @@ def _made(x: Node, group: list[Product]) -> Made | None:
     made = x.args[0] if x.target in VIEWS and len(x.args[0].users) == 1 else x
     if made.target not in PRODUCERS or made.kwargs:
         return None
-    if made.target is OPS.oat_attention.default:
+    if made.target in ATTENTIONS:
         if len(group) > 1 or group[0].neuron[1] is not None or not value(made).numel() == value(x).numel() > 0:
             return None
     elif x is not made:
         return None
     return Made(PRODUCERS[made.target], made.args, [*dict.fromkeys((x, made))])  # a view of it, if any, before it
+
+
+def _activated(made: Made) -> tuple:
+    """The source of ``made``; the function of one row's gate that goes nowhere else is left to the product that makes it.
+
+    There it is computed once a channel. Each program that encodes GIF neurons' input computes it for the whole row.
+    """
+    if made.encoder is not OPS.row_gated_gif.default:
+        return made.source
+    gate, up, function = made.source
+    if gate.target is not getitem or set(gate.users) - set(made.nodes) or rows_of(value(gate)) > 1:
+        return made.source
+    makes = gate.args[0]
+    known = makes.target is OPS.row_product.default and len(makes.args) == 10  # no function yet
+    if not known or value(makes.args[1][0]).dtype.is_floating_point:
+        return made.source
+    makes.args = (*makes.args, function, gate.args[1])
+    return gate, up, ""
 
 
 def _residual(group: list[Product], order: dict[Node, int], normed: set[Node]) -> tuple[Node | None, Node | None]:

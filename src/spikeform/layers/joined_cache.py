@@ -1,7 +1,7 @@
-"""Keys and values of one decoded token on their way into a cache, in a compiled graph: by one operator.
+"""Keys and values of one decoded token on their way into a cache, in a compiled graph: by the attention that reads it.
 
-It turns them by their position too (rotary embedding), and the query with them; and the lengths of all layers' caches
-move on in one operator.
+It turns the key by its position too (rotary embedding), and the query; and the lengths of all layers' caches move on in
+one operator.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ PUT, COPIED = ATEN.index_put.default, ATEN.index_copy.default  # with decomposit
 MUL, SLICE = ATEN.mul.Tensor, ATEN.slice.Tensor
 HALVES = [(ATEN.neg.default, (SLICE, "x", "dim", "half", "behind")), (SLICE, "x", "dim", 0, "half")]
 TURN = ATEN.add.Tensor, (MUL, "x", "cos"), (MUL, (ATEN.cat.default, HALVES, "axis"), "sin")
-# By an attention: what packs its keys and values, the operators that put both into a cache (as they are, and turned),
-# and which arguments these take of the two that pack.
+# By an attention: what packs its keys and values, the operator that puts both into a cache before it attends to it, and
+# whether what packs (two nodes' arguments) is what the attention (its arguments) believes to read.
 APPENDS = {
     OPS.oat_attention.default: (
         OPS.oat_pack.default,
-        (OPS.oat_append.default, OPS.oat_append_turned.default),
-        lambda k, v: (k[1], v[1], *k[2:]) if k[2:] == v[2:] else None,
+        OPS.oat_appended.default,
+        lambda k, v, own: (k[1], v[1]) == own[6:8] and k[2:] == v[2:] == (own[9], *own[11:13]),
     ),
     OPS.gif_attention.default: (
         OPS.gif_pack.default,
-        (OPS.gif_append.default, OPS.gif_append_turned.default),
-        lambda k, v: (k[2], v[2], k[3], k[4], v[4]) if k[3] == v[3] else None,
+        OPS.gif_appended.default,
+        lambda k, v, own: (k[2], k[4], v[2], v[4]) == (*own[10:12], *own[13:15]) and k[3] == v[3] == own[15],
     ),
 }
 
 
 def join_caches(graph: Graph) -> None:
-    """For each attention that reads a cache of codes: one operator puts a token's keys and values there."""
+    """Each attention that reads a cache of codes puts a token's keys and values there itself."""
     for node in list(graph.nodes):
         if node.target in APPENDS:
             _append(graph, node)
@@ -119,27 +119,24 @@ def _spot(place: Node) -> Node:
 
 
 def _append(graph: Graph, attention: Node) -> None:
-    """One operator for keys and values, before ``attention``, which then reads the cache itself."""
-    pack, append, both = APPENDS[attention.target]
+    """One operator in the place of ``attention`` and of what puts keys and values into the cache that it reads."""
+    pack, appended, agree = APPENDS[attention.target]
     keys, values = (_put(node, attention, pack) for node in attention.args[1:3])
     if keys is None or values is None or keys.place is not values.place or keys.cache is values.cache:
         return
-    how = both(keys.pack.args, values.pack.args)
-    if how is None or value(keys.pack.args[0]).shape != value(values.pack.args[0]).shape:
+    q, key, other, rest = attention.args[0], keys.pack.args[0], values.pack.args[0], attention.args[3:]
+    fits = value(key).shape == value(other).shape and value(q).shape[2] == 1 and not attention.kwargs
+    if not fits or not agree(keys.pack.args, values.pack.args, attention.args):
         return
-    query, key = _turn(attention.args[0]), _turn(keys.pack.args[0])
-    turns = query is not None and key is not None and _same(query, key) and set(attention.args[0].users) == {attention}
-    given = (key.x if turns else keys.pack.args[0]), values.pack.args[0]
-    args = keys.cache, values.cache, _spot(keys.place), *given, *how
+    query, of_key, turn = _turn(q), _turn(key), (None, None)
+    if query is not None and of_key is not None and _same(query, of_key):
+        q, key, turn = query.x, of_key.x, query[1:]
+    args = q, keys.cache, values.cache, *rest, _spot(keys.place), key, other, *turn
     with graph.inserting_before(attention):
-        put = call(graph, append[turns], (*args, *query) if turns else args)
-    if turns:
-        left = attention.args[0]
-        attention.replace_input_with(left, put)
-        _erase(graph, left)
-    for found in (keys, values):
-        attention.replace_input_with(found.put, found.cache)
-        _erase(graph, found.copy)
+        whole = call(graph, appended, args)
+    attention.replace_all_uses_with(whole)
+    for node in (attention, keys.copy, values.copy):
+        _erase(graph, node)
 
 
 def _erase(graph: Graph, node: Node) -> None:

@@ -75,7 +75,7 @@ def _gif_made(x: Tensor, *args) -> Tensor:
     return _gif(x, *args[-4:])  # as many as GROUPS has
 
 
-def _products(codes, weights, scales, zeros, biases, residual, dtype, lead, branches, limbs) -> list[Tensor]:
+def _products(codes, weights, scales, zeros, biases, residual, dtype, lead, branches, limbs, *_) -> list[Tensor]:
     return [codes.new_empty((*lead, weight.shape[0]), dtype=dtype) for weight in weights]
 
 
@@ -98,7 +98,8 @@ row_gated = _define(
 )
 # Codes of x through P groups of GIF neurons; ``packed``: for weights in nibbles.
 row_gif = _define(f"row_gif(Tensor x, {GROUPS}) -> Tensor", _gif, "row")
-# The same of an RMS norm, and of ``function(gate) * up``, which are no spikes: rounded as PyTorch rounds them.
+# The same of an RMS norm, and of ``function(gate) * up``, which are no spikes: rounded as PyTorch rounds them. A gate
+# through its function already has none, "".
 row_norm_gif = _define(
     f"row_norm_gif(Tensor x, Tensor weight, float eps, {GROUPS}) -> Tensor", _gif_made, "produced_gif"
 )
@@ -108,7 +109,7 @@ row_gated_gif = _define(
 # The products of codes, [*lead, N] each: see :func:`spikeform.synapses.triton.stream.row_product`.
 row_product = _define(
     "row_product(Tensor codes, Tensor[] weights, Tensor[] scales, Tensor[] zeros, Tensor[] biases, Tensor? residual,"
-    " ScalarType dtype, int[] lead, int branches, int limbs) -> Tensor[]",
+    " ScalarType dtype, int[] lead, int branches, int limbs, str function='', int activated=0) -> Tensor[]",
     _products,
     "stream",
 )

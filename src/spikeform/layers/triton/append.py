@@ -14,23 +14,48 @@ import triton.language as tl
 from torch import Tensor
 
 from spikeform.layers.triton.operands import dense, pow2
-from spikeform.neurons.triton.codes import gif_integer, gif_unit, inverse_power, oat_code, rounded, to_integer
+from spikeform.neurons.triton.codes import gif_integer, gif_unit, inverse_power, oat_code, rounded, times, to_integer
 from spikeform.neurons.triton.gif import UNIT_BYTES
 from spikeform.synapses.triton.launch import meta
 from spikeform.synapses.triton.operands import await_inputs, oat_units, pick, release
 
 
 @triton.jit
-def _turned(x, v, e, inside, turn, batch, turn_b, SIZE: tl.constexpr):
-    """``v``, the head at ``x``, turned: ``v cos + (-second half, first half) sin``."""
+def turned(x, v, e, inside, turn, batch, turn_b, SIZE: tl.constexpr):
+    """``v``, the heads at ``x``, turned: ``v cos + (-second half, first half) sin``. All but ``x`` have one shape."""
     first = e < SIZE // 2
     other = tl.load(x + tl.where(first, e + SIZE // 2, e - SIZE // 2), inside, other=0.0).to(tl.float32)
     cos = tl.load(turn[0] + batch * turn_b[0] + e, inside, other=0.0).to(tl.float32)
     sin = tl.load(turn[1] + batch * turn_b[1] + e, inside, other=0.0).to(tl.float32)
     real = x.dtype.element_ty
-    along = rounded(v * cos, real).to(tl.float32)
-    across = rounded(tl.where(first, -other, other) * sin, real).to(tl.float32)
+    along = rounded(times(v, cos), real).to(tl.float32)
+    across = rounded(times(tl.where(first, -other, other), sin), real).to(tl.float32)
     return rounded(along + across, real).to(tl.float32)
+
+
+@triton.jit
+def coded_oat(v, known, limit, TWO: tl.constexpr, ROUNDING: tl.constexpr):
+    """Packed codes of a multi-threshold population, integer-valued fp32; ``known``: what :func:`oat_units` gives."""
+    one, two, unit0, unit1 = known
+    code, outlier = oat_code(v, one, two, unit0, unit1, limit, TWO, ROUNDING)
+    packed = code * 2.0
+    if TWO:
+        packed += tl.where(outlier, 1.0, 0.0)
+    return packed
+
+
+@triton.jit
+def coded_gif(v, low, unit, times, levels, steps):
+    """Codes of GIF neurons in the channels' own units, integer-valued fp32; ``times``: those units in ``unit``."""
+    return gif_integer(v, low, unit, times, levels, steps) * inverse_power(times)
+
+
+@triton.jit
+def put_unit(out, unit, live):
+    """Store the four bytes of a unit; ``live``: whether at all, a scalar."""
+    byte = tl.arange(0, UNIT_BYTES)
+    bits = (byte * 0 + unit.to(tl.int32, bitcast=True)) >> (8 * byte)
+    tl.store(out + byte, bits.to(tl.int8), live & (byte >= 0))
 
 
 @triton.jit
@@ -79,7 +104,7 @@ def _append(
     here = inside & (batch + 0 * e < batches)  # where there are more queries' heads than keys'
     v = tl.load(x + e, here, other=0.0).to(tl.float32)
     if TURN:
-        v = tl.where(which == 1, v, _turned(x, v, e, here, turn, batch, turn_b, SIZE))
+        v = tl.where(which == 1, v, turned(x, v, e, here, turn, batch, turn_b, SIZE))
         if which == 2:
             tl.store(out_query + pair.to(tl.int64) * SIZE + e, v.to(out_query.dtype.element_ty), here)
             here = e < 0
@@ -88,11 +113,7 @@ def _append(
     out = pick(caches, last) + batch * pick(cache_b, last) + head * pick(cache_g, last) + token
     table = pick(tables, last)
     if OAT:
-        one, two, unit0, unit1 = oat_units(table, resolution, TWO)
-        code, outlier = oat_code(v, one, two, unit0, unit1, limit, TWO, ROUNDING)
-        packed = code * 2.0
-        if TWO:
-            packed += tl.where(outlier, 1.0, 0.0)
+        packed = coded_oat(v, oat_units(table, resolution, TWO), limit, TWO, ROUNDING)
         tl.store(out + e, to_integer(packed, out.dtype.element_ty), here)
     else:
         most = pick(steps, last)
@@ -101,11 +122,9 @@ def _append(
         times = v * 0.0 + 1.0
         if STEPPED:
             times = tl.load(table + head * SIZE + e, here, other=1.0)
-        code = gif_integer(v, low, unit, times, limit, most) * inverse_power(times)
+        code = coded_gif(v, low, unit, times, limit, most)
         tl.store(out + e, to_integer(code, tl.int8), here)
-        byte = tl.arange(0, UNIT_BYTES)
-        bits = (byte * 0 + unit.to(tl.int32, bitcast=True)) >> (8 * byte)
-        tl.store(out + SIZE + byte, bits.to(tl.int8), (batch + 0 * byte < batches) & (which + 0 * byte < 2))
+        put_unit(out + SIZE, unit, (batch < batches) & (which < 2))
 
 
 @triton.jit

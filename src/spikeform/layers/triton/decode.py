@@ -5,8 +5,7 @@ key/value head, and leaves real scores and their largest. ``_context`` reads val
 key/value head and a part of the keys that its rows see. It finds the softmax of its rows anew (there are few), as a
 probability is encoded only when its sum is known. ``_merge`` sums over parts, where there are several. Blocks of keys
 that no row sees are not read. A single row is summed in fp32; several go to tensor cores, operands in two bf16 planes.
-
-Rows are the queries of one key/value head, so its codes are read once: row ``r L + l`` is query l of its r-th head.
+A short cache has a kernel of its own: :mod:`.short`.
 """
 
 from __future__ import annotations
@@ -18,97 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spikeform.layers.triton import tiles
-from spikeform.layers.triton.operands import Counts, Mask, Populations, Train, cdiv, padded, pow2, run
-from spikeform.neurons.triton import codes
-from spikeform.neurons.triton.oat import units as units_of
+from spikeform.layers.triton import few
+from spikeform.layers.triton.operands import Counts, Mask, Populations, Train, cdiv, padded, pow2, run, settings
 from spikeform.synapses.triton.launch import meta
 from spikeform.synapses.triton.operands import await_inputs, release
-from spikeform.synapses.triton.row import put
 
 ROWS = 16  # of a program: more rows of one head go to further programs
 PEAKS = tl.constexpr(128)  # blocks whose largest scores are looked at at once
 PROGRAMS = 264  # two for each processor
 LEAST = 128  # keys of a part
-
-
-@triton.jit
-def _row(group, heads, groups, length, ROWS: tl.constexpr, HIGH: tl.constexpr):
-    """Head and query of each of a program's rows, HIGH to a tile; where they stand in scratch; which exist."""
-    own = tl.arange(0, HIGH)
-    row = tl.program_id(2) * ROWS + own
-    share = heads // groups
-    return group * share + row // length, row % length, row, (own < ROWS) & (row < share * length)
-
-
-@triton.jit
-def _twice(x):
-    """``[M, N]`` as the upper half of ``[2 M, N]``, zero below."""
-    return tl.permute(tl.join(x, x * 0.0), 2, 0, 1).reshape(x.shape[0] * 2, x.shape[1])
-
-
-@triton.jit
-def _padded(x, ROWS: tl.constexpr):
-    """``[ROWS, N]`` as the first of 16 rows, the least that tensor cores take; zero below."""
-    if ROWS <= 8:
-        if ROWS <= 4:
-            if ROWS <= 2:
-                x = _twice(x)
-            x = _twice(x)
-        x = _twice(x)
-    return x
-
-
-@triton.jit
-def _product(a, b, HIGH: tl.constexpr):
-    """``a b`` on tensor cores, each operand to within 2^-17 of it; integers below 2^16 exactly."""
-    a_high, a_low = tiles.planes(a)
-    b_high, b_low = tiles.planes(b)
-    sums = tiles.dot(a_high, b_high, tl.zeros((HIGH, b.shape[1]), tl.float32))
-    sums = tiles.dot(a_low, b_high, sums)
-    return tiles.dot(a_low, b_low, tiles.dot(a_high, b_low, sums))
-
-
-@triton.jit
-def _value(packed, threshold, multiple, resolution, OAT: tl.constexpr, TWO: tl.constexpr):
-    """What packed codes stand for: OAT: real values; GIF: integers in the token's common unit (``multiple``)."""
-    if OAT:
-        value = (packed >> 1).to(tl.float32)
-        unit0 = tl.div_rn(tl.load(threshold), resolution)
-        if TWO:
-            unit1 = tl.div_rn(tl.load(threshold + 1), resolution)
-            value *= tl.where((packed & 1) != 0, unit1, unit0)
-        else:
-            value *= unit0
-    else:
-        value = packed.to(tl.float32) * multiple
-    return value
-
-
-@triton.jit
-def _leave(
-    v,
-    at,
-    live,
-    out,
-    line,
-    threshold,
-    width,
-    limit,
-    resolution,
-    LINE: tl.constexpr,
-    LINE_TWO: tl.constexpr,
-    LINE_ROUNDING: tl.constexpr,
-    LINE_LIMBS: tl.constexpr,
-    LINE_PARTS: tl.constexpr,
-):
-    """Store what attention found; LINE: as codes of the only row (:func:`put`), and ``out`` tells its dtype alone."""
-    v = codes.rounded(v, out.dtype.element_ty)
-    if LINE:
-        v = v.to(tl.float32)
-        put(v, at, live, line, threshold, width, limit, resolution, LINE_TWO, LINE_ROUNDING, LINE_LIMBS, LINE_PARTS)
-    else:
-        tl.store(out + at, v, live)
 
 
 # As a cache grows little is to be compiled anew.
@@ -167,19 +84,16 @@ def _scores(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    known_query = few.units(query_threshold, resolution, OAT, TWO_Q)
+    known_key = few.units(key_threshold, resolution, OAT, TWO_K)
     await_inputs(OVERLAP)
     release(OVERLAP)
     block, pair = tl.program_id(0), tl.program_id(1)
     batch, group = (pair // groups).to(tl.int64), (pair % groups).to(tl.int64)
-    head, query, row, live = _row(group, heads, groups, length, ROWS, HIGH)
+    head, query, row, live = few.rows_of(group, heads, groups, length, ROWS, HIGH)
     key = block * BLOCK + tl.arange(0, BLOCK)
     exists = live[:, None] & (key < keys)[None, :]
-    bias = tl.where(exists, 0.0, float("-inf"))
-    if MASKED:
-        mask += batch * m_b
-        places = head[:, None] * m_h + query[:, None] * m_l + key[None, :].to(tl.int64) * m_s
-        bias = tl.load(mask + places, exists, other=float("-inf")).to(tl.float32)
-        bias = tl.where(bias > least, bias, float("-inf"))
+    bias = few.bias_of(mask, batch, head, query, exists, key, m_b, m_h, m_l, m_s, least, MASKED)
     span = tl.num_programs(0) * BLOCK
     place = pair.to(tl.int64) * tl.num_programs(2) * ROWS + row
     found = bias
@@ -190,46 +104,26 @@ def _scores(
         there = live[:, None] & inside[None, :]
         at_query = q + batch * q_b + head[:, None] * q_h + query[:, None] * q_l + e[None, :]
         v = tl.load(at_query, there, other=0).to(tl.float32)
-        of_row = tl.zeros((HIGH,), tl.float32)  # GIF's units
-        if OAT:
-            threshold0, threshold1, unit0, unit1 = units_of(query_threshold, resolution, TWO_Q)
-            code, outlier = codes.oat_code(v, threshold0, threshold1, unit0, unit1, limit, TWO_Q, ROUNDING)
-            v = codes.oat_value(code, outlier, unit0, unit1, TWO_Q)
-        elif ENCODE:  # the limit is the levels, the resolution the steps
-            low, high = tl.minimum(tl.min(v, 1), 0.0), tl.maximum(tl.max(v, 1), 0.0)
-            of_row = codes.gif_unit(low, high, limit, resolution)
-            times = tl.load(query_threshold + e, inside, other=1.0)[None, :]
-            v = codes.gif_integer(v, low[:, None], of_row[:, None], times, limit, resolution)
+        if ENCODE:  # of GIF neurons the limit is the levels, the resolution the steps
+            times = 1.0 if OAT else tl.load(query_threshold + e, inside, other=1.0)
+            v, of_row = few.encoded(v, known_query, times, limit, resolution, OAT, TWO_Q, ROUNDING)
         else:
             of_row = tl.load(q_unit + (batch * heads + head) * length + query, live, other=0.0)
         start = batch * (k_b * WORD) + group * (k_g * WORD)
         at_key = k + start + key[:, None].to(tl.int64) * (k_s * WORD) + e[None, :]
         packed = tl.load(at_key, (key < keys)[:, None] & inside[None, :], other=0).to(tl.int32)
-        factor = 0.0
+        factor, of_key = 0.0, 0.0
         if not OAT:
             factor = tl.load(multiple + group * SIZE + e, inside, other=0.0)[None, :]
-        value = _value(packed, key_threshold, factor, resolution, OAT, TWO_K)
-        found = tl.sum(value * tl.reshape(v, (1, E)), 1)[None, :] if HIGH == 1 else _product(v, tl.trans(value), HIGH)
-        if not OAT:
             of_key = tl.load(k_unit + batch * ku_b + group * ku_g + key * ku_s, key < keys, other=0.0)
-            found *= of_row[:, None]
-            found *= of_key[None, :]
             unit = tl.load(v_unit + batch * vu_b + group * vu_g + key * vu_s, key < keys, other=0.0)
-        found = found * scaling + bias
+        value = few.value_of(packed, known_key, factor, OAT, TWO_K)
+        found = few.met(v, of_row, value, of_key, OAT, HIGH) * scaling + bias
     own = row < (tl.program_id(2) + 1) * ROWS
     tl.store(scores + place[:, None] * span + key[None, :], found, own[:, None])
     tl.store(peaks + place * tl.num_programs(0) + block, tl.max(found, 1), own)
     if not OAT:  # they lie far apart, among the values' codes: the next kernel wants them together
         tl.store(units + pair.to(tl.int64) * span + key, unit)
-
-
-@triton.jit
-def _exp(score, most, top, floor, BITS: tl.constexpr, NEAREST: tl.constexpr):
-    """``exp(score - most)``, through its HG neuron where there is one."""
-    e = codes.exp(score - most)
-    if BITS > 0:
-        e = codes.round_mantissa(e, BITS, NEAREST, top, floor, False)
-    return e
 
 
 @triton.jit(do_not_specialize=["blocks", "v_b", "v_g", "parts"])
@@ -282,11 +176,14 @@ def _context(
     PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    known_value = few.units(value_threshold, resolution, OAT, TWO_V)
+    known_probability = few.units(probability_threshold, resolution, OAT, TWO_P)
+    known_line = few.units(line_threshold, line_resolution, LINE, LINE_TWO)
     await_inputs(OVERLAP)
     release(OVERLAP)
     pair = tl.program_id(1)
     batch, group = (pair // groups).to(tl.int64), (pair % groups).to(tl.int64)
-    _, _, row, _ = _row(group, heads, groups, length, ROWS, ROWS)
+    _, _, row, _ = few.rows_of(group, heads, groups, length, ROWS, ROWS)
     place = pair.to(tl.int64) * tl.num_programs(2) * ROWS + row
     span = blocks * BLOCK
     at_score = scores + place[:, None] * span
@@ -313,20 +210,11 @@ def _context(
     for start in tl.range(begin, end, WIDE):
         key = start + tl.arange(0, WIDE)
         score = tl.load(at_score + key[None, :], (key < end)[None, :], other=float("-inf"))
-        e = _exp(score, most[:, None], top, floor, BITS, NEAREST)
+        e = few.exp(score, most[:, None], top, floor, BITS, NEAREST)
         terms += e
         if not OAT:
             heights = tl.maximum(heights, e * tl.load(at_unit + key, key < end, other=0.0)[None, :])
-    total = tl.maximum(tl.sum(terms, 1), 0.5)
-    inverse = codes.inverse(total)
-    if BITS > 0:
-        inverse = codes.round_mantissa(inverse, BITS, NEAREST, top, floor, False)
-    threshold0, threshold1, unit0, unit1 = units_of(probability_threshold, resolution, TWO_P)
-    unit = total
-    if not OAT:
-        # Dynamic: the largest probability (in the values' units) has the code ``peak``.
-        largest = tl.max(heights, 1) * inverse
-        unit = tl.maximum(tl.div_rn(largest, largest * 0.0 + peak), 1.1754943508222875e-38)
+    total, inverse, unit = few.normal(terms, heights, peak, top, floor, OAT, BITS, NEAREST)
 
     mine = tl.program_id(0) % parts
     channel = tl.program_id(0) // parts * CHANNELS + tl.arange(0, CHANNELS)
@@ -352,43 +240,31 @@ def _context(
         packed = tl.load(at_value + key[:, None].to(tl.int64) * (v_s * WORD), there, other=0).to(tl.int32)
         lane = key[:, None] if HIGH == 1 else key[None, :]
         score = tl.load(at_score + lane, lane < end, other=float("-inf"))
-        p = _exp(score, origin, top, floor, BITS, NEAREST)
-        if BITS > 0:
-            p *= part
-        else:
-            p = codes.quotient(p, whole, part)
-        if OAT:
-            code, outlier = codes.oat_code(p, threshold0, threshold1, unit0, unit1, peak, TWO_P, ROUNDING)
-            p = codes.oat_value(code, outlier, unit0, unit1, TWO_P)
-        else:
-            p *= tl.load(at_unit + lane, lane < end, other=0.0)
-            p = tl.minimum(codes.round_even(codes.quotient(p, step, codes.inverse(step))), peak)
-        value = _value(packed, value_threshold, factor, resolution, OAT, TWO_V)
-        if HIGH == 1:
-            sums += p * value
-        else:
-            sums += _product(_padded(p, ROWS), value, HIGH)
+        e = few.exp(score, origin, top, floor, BITS, NEAREST)
+        of_value = 0.0 if OAT else tl.load(at_unit + lane, lane < end, other=0.0)
+        p = few.probability(e, of_value, whole, part, step, known_probability, peak, OAT, TWO_P, BITS, ROUNDING)
+        value = few.value_of(packed, known_value, factor, OAT, TWO_V)
+        sums += few.weighted(p, value, OAT, HIGH, ROWS)
     if HIGH == 1:
         sums = tl.sum(sums, 0)[None, :]
     if not OAT:
-        sums *= unit[:, None] if HIGH == 1 else _padded(unit[:, None], ROWS)
-    head, query, row, live = _row(group, heads, groups, length, ROWS, HIGH)
+        sums *= unit[:, None] if HIGH == 1 else few.sixteen(unit[:, None], ROWS)
+    head, query, row, live = few.rows_of(group, heads, groups, length, ROWS, HIGH)
     there = live[:, None] & inside[None, :]
     if PARTS:
         at = ((pair.to(tl.int64) * parts + mine) * (heads // groups * length) + row[:, None]) * SIZE
         tl.store(out + at + channel[None, :], sums, there)
     else:
         at = ((batch * length + query[:, None]) * heads + head[:, None]) * SIZE
-        _leave(
+        few.leave(
             sums,
             at + channel[None, :],
             there,
             out,
             line,
-            line_threshold,
+            known_line,
             heads * SIZE,
             line_limit,
-            line_resolution,
             LINE,
             LINE_TWO,
             LINE_ROUNDING,
@@ -419,6 +295,7 @@ def _merge(
     E: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    known_line = few.units(line_threshold, line_resolution, LINE, LINE_TWO)
     await_inputs(OVERLAP)
     release(OVERLAP)
     row, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -428,40 +305,21 @@ def _merge(
     found = tl.sum(tl.load(at, (part < parts) & (e < SIZE)[None, :], other=0.0), 0)
     head = pair % groups * share + row // length
     at = ((pair // groups * length + row % length) * heads + head) * SIZE + e
-    _leave(
+    few.leave(
         found,
         at,
         e < SIZE,
         out,
         line,
-        line_threshold,
+        known_line,
         heads * SIZE,
         line_limit,
-        line_resolution,
         LINE,
         LINE_TWO,
         LINE_ROUNDING,
         LINE_LIMBS,
         LINE_PARTS,
     )
-
-
-class Line(NamedTuple):
-    """Codes of the only row of a batch, for a product to read: see :mod:`spikeform.synapses.triton.row`.
-
-    Args:
-        codes: int32 ``[1, words]``.
-        threshold: Of the population that encodes, fp32 ``[R]``.
-        limit: Of its codes.
-        resolution: Code units to a threshold.
-        how: What ``put`` is compiled for.
-    """
-
-    codes: Tensor
-    threshold: Tensor
-    limit: int
-    resolution: int
-    how: tuple[bool, int, int, int]
 
 
 def attend(
@@ -475,7 +333,7 @@ def attend(
     size: int,
     out: Tensor,
     form: Form | None = None,
-    line: Line | None = None,
+    line: few.Line | None = None,
 ) -> None:
     """Fill ``out`` ``[B, L, H, E]``, or a line of codes of the only row.
 
@@ -493,49 +351,37 @@ def attend(
         line: Where codes go.
     """
     batch, length, heads, _ = out.shape
-    left = (out, out, 0, 1) if line is None else line[:4]
-    how = (False, 0, 0, 1) if line is None else line.how
-    names = "LINE_TWO", "LINE_ROUNDING", "LINE_LIMBS", "LINE_PARTS"
-    kept = {"LINE": line is not None, **dict(zip(names, how, strict=True))}
+    where, kept = few.left(out, line)
     groups, keys = k.codes.shape[1:3]
-    rows, oat = heads // groups * length, isinstance(rule, Populations)
+    rows, given = heads // groups * length, settings(rule)
     pairs = batch * groups
     form = form or form_of(keys, rows, size, k.codes.element_size(), pairs)
     blocks, splits, parts = cdiv(keys, form.block), cdiv(rows, form.rows), form.parts
     sums = out if parts == 1 else torch.empty((pairs, parts, rows, size), dtype=torch.float32, device=out.device)
     scores = torch.empty((pairs, splits * form.rows, blocks * form.block), dtype=torch.float32, device=out.device)
     peaks = torch.empty((pairs, splits * form.rows, blocks), dtype=torch.float32, device=out.device)
-    units = scores if oat else torch.empty((pairs, blocks * form.block), dtype=torch.float32, device=out.device)
-    if isinstance(rule, Populations):
-        of_query, of_key, of_value, of_probability = rule.query, rule.key, rule.value, rule.probability
-        limit, resolution, rounding = rule.limit, float(rule.resolution), rule.rounding
-        bank = {"BITS": rule.bits, "NEAREST": rule.nearest}
-        top, floor = rule.top, rule.floor
-    else:
-        of_query, of_key, of_value, of_probability = rule.query, rule.key, rule.value, rule.key
-        limit, resolution, rounding, top, floor = rule.levels, float(rule.steps), 0, 0.0, 0.0
-        bank = {"BITS": 0, "NEAREST": True}
-    of = of_query, of_key, of_value, of_probability
-    two = {f"TWO_{n}": oat and len(t) == 2 for n, t in zip("QKVP", of, strict=True)}
-    sizes = {
-        "OAT": oat, "ROUNDING": rounding, "ROWS": form.rows, "HIGH": form.high, "SIZE": size, "BLOCK": form.block,
-        "num_warps": form.warps,
-    } | meta()  # fmt: skip
+    units = scores  # written by GIF neurons alone
+    if isinstance(rule, Counts):
+        units = torch.empty((pairs, blocks * form.block), dtype=torch.float32, device=out.device)
+    of_query, of_key, of_value, of_probability = given.tables
+    two, how = given.two, given.how
+    sizes = {"ROWS": form.rows, "HIGH": form.high, "SIZE": size, "BLOCK": form.block, "num_warps": form.warps} | meta()
     run(
         _scores, (blocks, pairs, splits), q, q_unit, k.codes, k.units, v.units, mask.values, scores, peaks, units,
-        of_query, of_key, of_key, mask.least, scaling, limit, resolution, heads, groups, length, keys,
+        of_query, of_key, of_key, mask.least, scaling, given.limit, given.resolution, heads, groups, length, keys,
         *q.stride()[:3], *k.places, *k.unit_places, *v.unit_places, *mask.places, WORD=k.word, TWO_Q=two["TWO_Q"],
-        TWO_K=two["TWO_K"], MASKED=mask.values is not None, ENCODE=not oat and q_unit is None, E=padded(size), **sizes,
+        TWO_K=two["TWO_K"], MASKED=mask.values is not None, ENCODE=q_unit is None, E=padded(size), OAT=how["OAT"],
+        ROUNDING=how["ROUNDING"], **sizes,
     )  # fmt: skip
     run(
         _context, (cdiv(size, form.channels) * parts, pairs, splits), scores, peaks, units, v.codes, sums, of_value,
-        of_probability, of_value, rule.peak, resolution, top, floor, heads, groups, length, keys, blocks, parts,
-        *v.places, *left, WORD=v.word, TWO_P=two["TWO_P"], TWO_V=two["TWO_V"], CHANNELS=form.channels, WIDE=form.wide,
-        STEP=form.step, STAGES=form.stages, PARTS=parts > 1, **bank, **sizes, **kept,
+        of_probability, of_value, given.peak, given.resolution, given.top, given.floor, heads, groups, length, keys,
+        blocks, parts, *v.places, *where, WORD=v.word, TWO_P=two["TWO_P"], TWO_V=two["TWO_V"], CHANNELS=form.channels,
+        WIDE=form.wide, STEP=form.step, STAGES=form.stages, PARTS=parts > 1, **how, **sizes, **kept,
     )  # fmt: skip
     if parts > 1:
         run(
-            _merge, (rows, pairs), sums, out, parts, heads, groups, length, *left, PARTS=pow2(parts), SIZE=size,
+            _merge, (rows, pairs), sums, out, parts, heads, groups, length, *where, PARTS=pow2(parts), SIZE=size,
             E=padded(size), num_warps=1 if parts < 8 else 4, **kept, **meta(),
         )  # fmt: skip
 

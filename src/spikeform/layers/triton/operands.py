@@ -133,6 +133,42 @@ class Counts(NamedTuple):
     steps: int
 
 
+class Settings(NamedTuple):
+    """Either of both as kernels of few queries take them.
+
+    Args:
+        tables: Thresholds, or multiples, of queries, keys, values and probabilities (of which GIF has none).
+        limit: Largest code of queries, keys and values, or the levels of queries.
+        resolution: Code units to a threshold, or the steps of queries.
+        peak: Largest code of probabilities.
+        top: Largest value of the HG bank.
+        floor: The least that it sends.
+        how: What kernels are compiled for: OAT, ROUNDING, BITS, NEAREST.
+        two: Likewise, whether there are two sub-neurons: TWO_Q, TWO_K, TWO_V, TWO_P.
+    """
+
+    tables: tuple[Tensor, Tensor, Tensor, Tensor]
+    limit: int
+    resolution: float
+    peak: int
+    top: float
+    floor: float
+    how: dict[str, Any]
+    two: dict[str, bool]
+
+
+def settings(rule: Populations | Counts) -> Settings:
+    """``rule`` as kernels of few queries take it."""
+    oat = isinstance(rule, Populations)
+    tables = rule.query, rule.key, rule.value, rule.probability if oat else rule.key
+    two = {f"TWO_{name}": oat and len(table) == 2 for name, table in zip("QKVP", tables, strict=True)}
+    if oat:
+        how = {"OAT": True, "ROUNDING": rule.rounding, "BITS": rule.bits, "NEAREST": rule.nearest}
+        return Settings(tables, rule.limit, float(rule.resolution), rule.peak, rule.top, rule.floor, how, two)
+    how = {"OAT": False, "ROUNDING": 0, "BITS": 0, "NEAREST": True}
+    return Settings(tables, rule.levels, float(rule.steps), rule.peak, 0.0, 0.0, how, two)
+
+
 def _three(x: Tensor) -> tuple[int, int, int]:
     batch, head, key = x.stride()[:3]
     return batch, head, key

@@ -36,6 +36,15 @@ def inverse(unit):
 
 
 @triton.jit
+def times(a, b):
+    """``a b``, rounded: it is not fused into a sum."""
+    if INTERPRETED:
+        return a * b
+    else:
+        return libdevice.mul_rn(a, b)
+
+
+@triton.jit
 def quotient(v, unit, inverse_unit):
     """``v / unit``, correctly rounded (Markstein: a product, its exact remainder, one correction).
 

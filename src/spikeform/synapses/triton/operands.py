@@ -158,6 +158,30 @@ def gif_word(inputs, times, FIRST: tl.constexpr, low, unit, levels, steps, STEPP
 
 
 @triton.jit
+def _ask(place, live):
+    """Have 256 bytes at each of some places, aligned to 16, brought into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], 256; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [place, live.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def ask_run(start, size, part, parts):
+    """Have one of some parts of ``size`` bytes brought into the L2 cache; not what is behind the last whole 256."""
+    if not INTERPRETED:
+        lanes = tl.arange(0, 256)
+        pieces = size // 256
+        for first in range(part, pieces, parts * 256):
+            piece = first + lanes * parts
+            _ask(start + piece * 256, piece < pieces)
+
+
+@triton.jit
 def ask(weight, row, size, HEIGHT: tl.constexpr, FIRST: tl.constexpr, AHEAD: tl.constexpr):
     """Have a part of some rows brought into the L2 cache while the program waits.
 
@@ -174,11 +198,4 @@ def ask(weight, row, size, HEIGHT: tl.constexpr, FIRST: tl.constexpr, AHEAD: tl.
         end = tl.minimum(size, FIRST + AHEAD)
         for start in range(FIRST, end, 4096):
             byte = start + lanes
-            tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], 256; mov.u32 $0, 0; }",
-                "=r,l,r",
-                [weight + row[:, None] * size + byte[None, :], (byte < end).to(tl.int32)[None, :]],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+            _ask(weight + row[:, None] * size + byte[None, :], (byte < end)[None, :])

@@ -85,8 +85,10 @@ def _norm(
 @triton.jit
 def _product(gate, up, at, K, NAME: tl.constexpr):
     """``function(gate) * up`` at some channels, fp32, the function's result as their dtype leaves it; 0 behind K."""
-    y = function_of(tl.load(gate + at, at < K, other=1.0).to(tl.float32), NAME)
-    return _kept(y, gate.dtype.element_ty) * tl.load(up + at, at < K, other=0.0).to(tl.float32)
+    y = tl.load(gate + at, at < K, other=1.0).to(tl.float32)
+    if NAME != "":
+        y = _kept(function_of(y, NAME), gate.dtype.element_ty)
+    return y * tl.load(up + at, at < K, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -155,7 +157,8 @@ def row_gated_gif(
 ) -> Tensor:
     """Codes of ``function(gate) * up`` ``[..., K]``, as :func:`~.row.row_gif` makes them.
 
-    The function, of :data:`spikeform.neurons.functions.FUNCTIONS`, is fp32, and rounded to the dtype of both.
+    The function, of :data:`spikeform.neurons.functions.FUNCTIONS`, is fp32, and rounded to the dtype of both; "": the
+    gate has gone through it, each channel once.
     """
     if gate.numel() > gate.shape[-1]:
         return encode_rows(gate, up, multiples, levels, steps, kind=GATE.value, function=function)

@@ -49,12 +49,32 @@ def put(
     LIMBS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
+    """:func:`put_by` with the units of a threshold."""
+    units = oat_units(threshold, resolution, TWO)
+    put_by(v, at, live, line, units, K, limit, TWO, ROUNDING, LIMBS, PARTS)
+
+
+@triton.jit
+def put_by(
+    v,
+    at,
+    live,
+    line,
+    units,
+    K,
+    limit,
+    TWO: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    LIMBS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """Write what a population sends for the potentials ``v`` fp32 of the channels ``at`` into its line.
 
+    ``units``: as :func:`oat_units` gives them, of constants: they may be there before a kernel waits for its input.
     LIMBS 0: values, fp32, in PARTS planes of every other or of each. Else bytes of the codes, a plane for each limb,
     unsigned but the highest, those of outliers in planes of their own; and the units, fp32, by the first channel.
     """
-    one, two, unit0, unit1 = oat_units(threshold, resolution, TWO)
+    one, two, unit0, unit1 = units
     code, outlier = oat_code(v, one, two, unit0, unit1, limit, TWO, ROUNDING)
     if LIMBS == 0:
         values = line.to(tl.pointer_type(tl.float32))
@@ -69,11 +89,11 @@ def put(
                 rest = (rest - low) >> 8
                 tl.store(plane + at, low.to(tl.int8), live)
                 plane += K
-        units = plane.to(tl.pointer_type(tl.float32))
+        behind = plane.to(tl.pointer_type(tl.float32))
         first = at == 0
-        tl.store(units + at, v * 0.0 + unit0, first)
+        tl.store(behind + at, v * 0.0 + unit0, first)
         if TWO:
-            tl.store(units + 1 + at, v * 0.0 + unit1, first)
+            tl.store(behind + 1 + at, v * 0.0 + unit1, first)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spikeform.neurons.triton.codes import function as function_of
 from spikeform.neurons.triton.codes import rounded
 from spikeform.synapses.rows import SUMMED
 from spikeform.synapses.triton import shapes
@@ -116,6 +117,8 @@ def _stream(
     STRIDE: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    NAME: tl.constexpr,
+    ACTIVATED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -185,6 +188,9 @@ def _stream(
     if BIAS:
         y += tl.load(pick(biases, part) + n, n < N, other=0.0).to(tl.float32)
     out = pick(outs, part)
+    if NAME != "":  # of what the product alone would have left
+        active = function_of(y.to(out.dtype.element_ty).to(tl.float32), NAME)
+        y = tl.where(part == ACTIVATED, rounded(active, out.dtype.element_ty).to(tl.float32), y)
     if RESIDUAL:  # of a single matrix: what the product alone would have left, and then the sum
         y = rounded(y, out.dtype.element_ty).to(tl.float32) + tl.load(residual + n, n < N, other=0.0).to(tl.float32)
         tl.store(out + n, rounded(y, out.dtype.element_ty), n < N)
@@ -203,6 +209,8 @@ def row_product(
     lead: Sequence[int],
     branches: int,
     limbs: int,
+    function: str = "",
+    activated: int = 0,
 ) -> list[Tensor]:
     """``sum_r unit_r (scale sum_i 256^i W codes_ri) + bias``, or, of real weights, ``W values + bias``: ``[*lead, N]``.
 
@@ -220,6 +228,9 @@ def row_product(
         lead: The axes before channels; M of all, and where that is more than 1 weights are int8, and neurons GIF.
         branches: R; 1 of real weights.
         limbs: L; 1 of real weights.
+        function: What is applied to the result of one matrix, of integers, after that is rounded: fp32, a name in
+            :data:`spikeform.neurons.functions.FUNCTIONS`; or nothing.
+        activated: Which matrix.
     """
     if prod(lead) > 1:
         return row_products(codes, weights, scales, biases, residual, dtype, lead)
@@ -250,6 +261,8 @@ def row_product(
                 STRIDE=codes.shape[1] if len(codes) > 1 else 0,
                 BIAS=len(biases) > 0,
                 RESIDUAL=residual is not None,
+                NAME=function,
+                ACTIVATED=activated,
                 BLOCK_N=cut.n,
                 BLOCK_K=cut.k,
                 DEPTH=cut.stages,
