@@ -235,7 +235,7 @@ def _made(x: Node, group: list[Product]) -> Made | None:
 
 
 def _activated(made: Made) -> tuple:
-    """The source of ``made``; the function of one row's gate that goes nowhere else is left to the product that makes it.
+    """The source of ``made``; the function of one row's gate that goes nowhere else is left to the product before.
 
     There it is computed once a channel. Each program that encodes GIF neurons' input computes it for the whole row.
     """
