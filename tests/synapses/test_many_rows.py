@@ -124,14 +124,38 @@ def test_products_whose_steps_overlap(rows, columns, inner, more):
     bias = random(columns, dtype=torch.bfloat16) if more else None
     residual = random(rows, columns, dtype=torch.bfloat16) if more else None
     outs = [torch.full((rows, columns), 7.0, dtype=torch.bfloat16, device=DEVICE) for _ in range(3)]
-    given = codes[:, :inner], weight, scale, units[:, 1], bias
-    assert hopper.takes(given[0], weight, outs[0]) == (torch.cuda.get_device_capability()[0] == 9)
-    gemm(*given, outs[0], int_tile(rows), residual)
-    hopper.scaled_product(*given, outs[1], residual)
+    given = codes[:, :inner], [weight], [scale], units[:, 1], [bias] if more else []
+    assert hopper.takes(given[0], [weight], outs[:1]) == (torch.cuda.get_device_capability()[0] == 9)
+    gemm(given[0], weight, scale, given[3], bias, outs[0], int_tile(rows), residual)
+    hopper.scaled_products(*given, outs[1:2], residual)
     assert torch.equal(outs[0], outs[1])
     if torch.cuda.get_device_capability()[0] == 9:
-        hopper.multiply(*given, outs[2], residual, hopper_tile(2048 if rows < 1024 else 512))
+        hopper.multiply(*given, outs[2:], residual, hopper_tile(2048 if rows < 1024 else 512))
         assert torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("apart", [False, True], ids=["one code", "codes apart"])
+def test_several_matrices_whose_steps_overlap(apart):
+    from spikeform.synapses.triton import hopper
+
+    rows, columns, inner, parts = 300, 520, 208, 3
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (rows * (parts if apart else 1), inner), generator=generator)
+    codes = codes.to(DEVICE, torch.int8)
+    weights = [torch.randint(-128, 128, (columns, inner), generator=generator).to(DEVICE, torch.int8) for _ in range(3)]
+    scales = [torch.rand(columns, device=DEVICE) for _ in range(parts)]
+    biases = [random(columns, seed=i, dtype=torch.bfloat16) for i in range(parts)]
+    unit = torch.rand(len(codes), device=DEVICE)
+    both = [[torch.empty(rows, columns, dtype=torch.bfloat16, device=DEVICE) for _ in range(parts)] for _ in range(2)]
+    hopper.scaled_products(codes, weights, scales, unit, biases, both[0])
+    for i in range(parts):
+        own = slice(i * rows, (i + 1) * rows) if apart else slice(None)
+        hopper.scaled_products(
+            codes[own], weights[i : i + 1], scales[i : i + 1], unit[own], biases[i : i + 1], both[1][i : i + 1]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
 
 @needs_triton

@@ -19,7 +19,7 @@ from spikeform.neurons.triton.codes import function as function_of
 from spikeform.neurons.triton.codes import gif_integer, gif_unit, inverse_sqrt, rounded, to_integer
 from spikeform.neurons.triton.tiles import chunks, within
 from spikeform.synapses.rows import words_of_gif
-from spikeform.synapses.triton.hopper import scaled_product
+from spikeform.synapses.triton.hopper import scaled_products
 from spikeform.synapses.triton.launch import cdiv, meta
 from spikeform.synapses.triton.operands import await_inputs, pick, release
 
@@ -164,19 +164,16 @@ def row_products(
     lead: Sequence[int],
 ) -> list[Tensor]:
     """``unit_row (scale W codes) + bias``, ``[*lead, N]`` each: :func:`~.stream.row_product` of what is made here."""
-    lines, outs = codes.view(1 if len(codes) == prod(lead) else len(weights), prod(lead), -1), []
+    inner, rows = weights[0].shape[1], prod(lead)
+    outs = [codes.new_empty((*lead, weight.shape[0]), dtype=dtype) for weight in weights]
     with torch.cuda.device_of(codes):
-        for i, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
-            (columns, inner), line = weight.shape, lines[i if len(lines) > 1 else 0]
-            out = codes.new_empty((*lead, columns), dtype=dtype)
-            scaled_product(
-                line.view(torch.int8)[:, :inner],
-                weight.contiguous(),
-                scale,
-                line.view(torch.float32)[:, inner // 4],
-                biases[i] if biases else None,
-                out.view(-1, columns),
-                None if residual is None else residual.contiguous(),
-            )
-            outs.append(out)
+        scaled_products(
+            codes.view(torch.int8)[:, :inner],
+            [weight.contiguous() for weight in weights],
+            scales,
+            codes.view(torch.float32)[:, inner // 4],
+            biases,
+            [out.view(rows, -1) for out in outs],
+            None if residual is None else residual.contiguous(),
+        )
     return outs

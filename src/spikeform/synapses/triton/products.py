@@ -21,7 +21,7 @@ from spikeform.synapses.triton.event import event
 from spikeform.synapses.triton.finish import finish_limbs, finish_real, finish_rows
 from spikeform.synapses.triton.gemm import gemm
 from spikeform.synapses.triton.gemv import gif_gemv, oat_gemv, oat_int_gemv
-from spikeform.synapses.triton.hopper import scaled_product
+from spikeform.synapses.triton.hopper import scaled_products
 from spikeform.synapses.triton.launch import ahead, cdiv, meta, next_power
 from spikeform.synapses.triton.row import row_gif, row_oat
 from spikeform.synapses.triton.skinny import sums
@@ -211,7 +211,7 @@ def gif_linear(
             shape = shapes.skinny_shape(rows, columns, inner, "int8" if packed is None else "int4")
             finish_rows(sums(codes, small, zero, shape), scale, unit, bias, flat)
         else:
-            scaled_product(codes, weight.contiguous(), scale, unit, bias, flat)
+            scaled_products(codes, [weight.contiguous()], [scale], unit, _given(bias), [flat])
     return out
 
 
