@@ -28,6 +28,8 @@ from spikeform.synapses.triton.gemm import ALIGNED, Tile, gemm
 from spikeform.synapses.triton.launch import cdiv
 from spikeform.synapses.triton.shapes import hopper_tile, int_tile
 
+MOST = 3  # matrices of a launch
+
 # Triton 3.9 has other names for them.
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -88,8 +90,12 @@ def _picked(vectors, part, at, live, PARTS: gl.constexpr):
 @gluon.jit
 def _multiply(
     codes,
-    weights,
-    results,
+    weight0,
+    weight1,
+    weight2,
+    result0,
+    result1,
+    result2,
     scales,
     unit,
     biases,
@@ -108,8 +114,10 @@ def _multiply(
 ):
     """``result_p [M, N] = unit_row (scale_p (codes_p weight_p^T)) + bias_p``, rounded, ``+ residual``.
 
-    ``apart``: rows of the codes from one matrix to the next.
+    ``apart``: rows of the codes from one matrix to the next. Of fewer matrices than three the last ones repeat.
     """
+    weights = (weight0, weight1, weight2)  # launches take no tuple of descriptors
+    results = (result0, result1, result2)
     HIGH: gl.constexpr = codes.block_type.shape[0]
     DEEP: gl.constexpr = codes.block_type.shape[1]
     WIDE: gl.constexpr = weights[0].block_type.shape[0]
@@ -176,7 +184,7 @@ def takes(codes: Tensor, weights: Sequence[Tensor], outs: Sequence[Tensor]) -> b
     """Whether :func:`multiply` is for these: a Hopper GPU, bf16 to write, aligned rows, more than a few of them."""
     tensors = codes, *weights, *outs
     whole = all(t.stride(0) * t.element_size() % ALIGNED == 0 == t.data_ptr() % ALIGNED for t in tensors)
-    alike = len({t.shape for t in weights}) == 1 and outs[0].dtype == torch.bfloat16
+    alike = len({t.shape for t in weights}) == 1 and len(outs) <= MOST and outs[0].dtype == torch.bfloat16
     return codes.is_cuda and whole and alike and len(outs[0]) > 64 and _processors(codes.device) > 0
 
 
@@ -190,7 +198,7 @@ def multiply(
     residual: Tensor | None,
     cut: Tile,
 ) -> None:
-    """``out_p [M, N] = unit_row (scale_p (codes_p W_p^T)) + bias_p``, then ``+ residual``, of P matrices.
+    """``out_p [M, N] = unit_row (scale_p (codes_p W_p^T)) + bias_p``, then ``+ residual``, of P matrices, at most MOST.
 
     Args:
         codes: int8 ``[P M, K]``, or ``[M, K]`` for all; rows may lie apart.
@@ -206,8 +214,8 @@ def multiply(
     tiles = cdiv(rows, cut.m) * cdiv(columns, cut.n) * len(outs)
     _multiply[(min(tiles, _processors(codes.device)),)](
         _described(codes, [cut.m, cut.k], gl.int8),
-        tuple(_described(weight, [cut.n, cut.k], gl.int8) for weight in weights),
-        tuple(_described(out, [cut.m, cut.n], gl.bfloat16) for out in outs),
+        *_three([_described(weight, [cut.n, cut.k], gl.int8) for weight in weights]),
+        *_three([_described(out, [cut.m, cut.n], gl.bfloat16) for out in outs]),
         tuple(scales),
         unit,
         tuple(biases) or (unit,),
@@ -225,6 +233,10 @@ def multiply(
         num_warps=cut.warps,
         enable_fp_fusion=False,
     )
+
+
+def _three(given: list[TensorDescriptor]) -> list[TensorDescriptor]:
+    return given + given[-1:] * (MOST - len(given))
 
 
 def _described(tensor: Tensor, block: list[int], dtype) -> TensorDescriptor:
