@@ -257,9 +257,10 @@ def event_product(values: Tensor, rows: Tensor, scale: Tensor | None, width: int
     flat = values.view(-1, values.shape[-1])
     out = torch.empty((flat.shape[0], width), dtype=torch.float32, device=values.device)
     with torch.cuda.device_of(values):
-        cut = shapes.event_share(rows.shape[1], rows.shape[0])
         for start in range(0, flat.shape[0], EVENT_ROWS):
-            event(flat[start : start + EVENT_ROWS], rows, scale, out[start : start + EVENT_ROWS], cut)
+            some = flat[start : start + EVENT_ROWS]
+            cut = shapes.event_share(rows.shape[1] * rows.element_size(), rows.shape[0], some.shape[0])
+            event(some, rows, scale, out[start : start + EVENT_ROWS], cut)
     return out.view(*values.shape[:-1], width)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from spikeform.synapses.triton.event import Share
 from spikeform.synapses.triton.gemm import Tile
-from spikeform.synapses.triton.launch import Strip
+from spikeform.synapses.triton.launch import Strip, next_power
 from spikeform.synapses.triton.skinny import Shape
 
 MULTIPROCESSORS = 132  # of the card that the tables were made on
@@ -88,6 +88,6 @@ def int_tile(rows: int) -> Tile:
     return Tile(128, 128, 128, 4, 3) if rows > 64 else Tile(64, 128, 128, 4, 4)
 
 
-def event_share(columns: int, inner: int) -> Share:
-    """Columns are stored ones: bytes of packed rows."""
-    return Share(min(512, max(64, 1 << (columns - 1).bit_length())), 256, 8, 4)
+def event_share(size: int, inner: int, rows: int) -> Share:
+    """``size``: bytes of a weight row; up to four rows of values."""
+    return Share(min(512, next_power(size)), 8, 32, 4 if rows == 1 else 2, 8)
