@@ -315,10 +315,7 @@ def main() -> None:
     begin = time.perf_counter()
     sizes = [(128, 256)] if quick else SHAPES
     chosen = [p for p in plans() if p[4] in sections and (CUDA or p[2] <= 64)]
-    if CUDA:
-        wrong = precompile(chosen)
-    else:
-        wrong = [name for size in CHECKED for name in check_size(*size)]
+    wrong = precompile(chosen) if CUDA else [name for size in CHECKED for name in check_size(*size)]
     print("checked:", wrong[:12] or "all right", f"{time.perf_counter() - begin:.0f} s", flush=True)
     rate = copy_rate()
     result = {
