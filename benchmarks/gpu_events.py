@@ -45,7 +45,7 @@ from spikeform.synapses.triton.row import row_gif, row_oat
 from spikeform.synapses.triton.stream import row_product
 
 SHAPES = [(4096, 16384), (4096, 11008), (16384, 4096)]  # N, K
-ZEROS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97)
+ZEROS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 1.0)
 BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
 ROTATED, LAUNCHES = 400e6, 16
 THRESHOLD, STEPS = 8.0, 8

@@ -224,7 +224,7 @@ def events(folder: Path) -> list[str]:
     data = read(folder, name)
     if data is None:
         return []
-    shares = sorted({row["zeros"] for row in data["event"]})
+    shares = sorted({row["zeros"] for row in data["event"]} - {1.0})  # what is left then are launches
     rows = []
     for kind, n, k in dict.fromkeys((row["kind"], row["n"], row["k"]) for row in data["event"]):
         found = {r["zeros"]: r["faster"] for r in data["event"] if (r["kind"], r["n"], r["k"]) == (kind, n, k)}

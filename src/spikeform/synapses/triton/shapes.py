@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from spikeform.synapses.triton.event import Share
 from spikeform.synapses.triton.gemm import Tile
-from spikeform.synapses.triton.launch import Strip, next_power
+from spikeform.synapses.triton.launch import Strip, cdiv, next_power
 from spikeform.synapses.triton.skinny import Shape
 
 MULTIPROCESSORS = 132  # of the card that the tables were made on
@@ -89,5 +89,7 @@ def int_tile(rows: int) -> Tile:
 
 
 def event_share(size: int, inner: int, rows: int) -> Share:
-    """``size``: bytes of a weight row; up to four rows of values."""
-    return Share(min(512, next_power(size)), 8, 32, 4 if rows == 1 else 2, 8)
+    """``size``: bytes of a weight row; up to four rows of values, whose sums want more registers."""
+    piece = min(512 if rows == 1 else 256, next_power(size))
+    splits = min(4 * MULTIPROCESSORS // cdiv(size, piece), cdiv(inner, 8 * 32))  # programs there at once, of some work
+    return Share(piece, 8, max(1, splits), 4 if rows == 1 else 2, 8)
