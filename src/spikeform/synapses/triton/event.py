@@ -20,8 +20,8 @@ from spikeform.synapses.triton.finish import scratch
 from spikeform.synapses.triton.launch import cdiv, meta, next_power
 from spikeform.synapses.triton.operands import await_inputs, dot4, release
 
-# What a loaded element is: a weight, or a word of four bytes or eight nibbles.
-WEIGHT, BYTES, NIBBLES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# How many weights are in what is loaded as one element: one, or those of a word of bytes or of nibbles.
+BYTES, NIBBLES = tl.constexpr(4), tl.constexpr(8)
 RUN = tl.constexpr(8)  # neighbouring channels go to one slot: as many as fill a sector of the cache
 MOST = 64  # channels of a slot: bits of a word
 COLLECTED = 2048  # partial sums that a program of the second pass adds up
@@ -63,15 +63,15 @@ def _bytes_of(sums, FIRST: tl.constexpr):
 
 
 @triton.jit
-def _visited(sums, weights, value, FIRST: tl.constexpr, KIND: tl.constexpr):
+def _visited(sums, weights, value, FIRST: tl.constexpr, HELD: tl.constexpr):
     """The sums of a row, from FIRST on, and what ``value [S]`` times ``weights [S, W]`` adds to them."""
     added = ()
-    if KIND == WEIGHT:
+    if HELD == 1:
         kind = sums[FIRST].dtype
         added = added + (sums[FIRST] + weights.to(kind) * value.to(kind)[:, None],)
     else:
-        for half in tl.static_range(2 if KIND == NIBBLES else 1):
-            part = (weights >> (4 * half)) & 0x0F0F0F0F if KIND == NIBBLES else weights
+        for half in tl.static_range(HELD // 4):
+            part = (weights >> (4 * half)) & 0x0F0F0F0F if HELD == NIBBLES else weights
             for byte in tl.static_range(4):
                 own = sums[FIRST + 4 * half + byte]
                 if own.dtype == tl.float32:
@@ -108,7 +108,7 @@ def _event(
     K,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
-    KIND: tl.constexpr,
+    HELD: tl.constexpr,
     INTEGRAL: tl.constexpr,
     SCALED: tl.constexpr,
     WIDE: tl.constexpr,
@@ -124,7 +124,6 @@ def _event(
     release(OVERLAP)
     await_inputs(OVERLAP)
     kind = tl.int32 if INTEGRAL else tl.float32
-    PLANES: tl.constexpr = 1 if KIND == WEIGHT else 4 if KIND == BYTES else 8
     EVEN: tl.constexpr = WIDTH % WIDE == 0
     splits, stride = tl.num_programs(1), N.to(tl.int64) * ROWS
     own, apart = (tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)) * RUN, splits * SLOTS * RUN
@@ -141,9 +140,9 @@ def _event(
         for m in tl.static_range(ROWS):
             v = tl.load(values + m * K + k, (k < K) & (bit < BITS)[None, :], other=0)
             used = used | (v != 0)
-            if KIND == NIBBLES and INTEGRAL:
+            if HELD == NIBBLES and INTEGRAL:
                 more = more + (excess[m] + 8 * tl.sum(tl.sum(v.to(tl.int32), 1), 0),)
-        if KIND == NIBBLES and INTEGRAL:
+        if HELD == NIBBLES and INTEGRAL:
             excess = more
         one = tl.full([1, WIDE], 1, word) << (bit % BITS)[None, :]
         left |= tl.xor_sum(tl.where(used, one, 0), 1)
@@ -151,7 +150,7 @@ def _event(
     count = tl.max(found, 0)
     n = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
     sums = ()
-    for _ in tl.static_range(ROWS * PLANES):
+    for _ in tl.static_range(ROWS * HELD):
         sums = sums + (tl.zeros([SLOTS, WIDE], kind),)
     for _ in range(0, count, DEPTH):
         tiles, given = (), ()
@@ -167,17 +166,15 @@ def _event(
         for step in tl.static_range(DEPTH):
             added = ()
             for m in tl.static_range(ROWS):
-                added = added + _visited(sums, tiles[step], given[step * ROWS + m], m * PLANES, KIND)
+                added = added + _visited(sums, tiles[step], given[step * ROWS + m], m * HELD, HELD)
             sums = added
-    COLUMNS: tl.constexpr = WIDE if KIND == WEIGHT else WIDE * 4
-    HALVES: tl.constexpr = 2 if KIND == NIBBLES else 1
-    byte = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    byte = tl.program_id(0) * (WIDE * min(HELD, 4)) + tl.arange(0, WIDE * min(HELD, 4))
     for m in tl.static_range(ROWS):
-        for half in tl.static_range(HALVES):
-            total = tl.sum(sums[m] if KIND == WEIGHT else _bytes_of(sums, m * PLANES + 4 * half), 0)
-            if KIND == NIBBLES and INTEGRAL:
+        for half in tl.static_range(max(HELD // 4, 1)):
+            total = tl.sum(sums[m] if HELD == 1 else _bytes_of(sums, m * HELD + 4 * half), 0)
+            if HELD == NIBBLES and INTEGRAL:
                 total -= excess[m]
-            column = byte // 32 * 64 + byte % 32 + 32 * half if KIND == NIBBLES else byte
+            column = byte // 32 * 64 + byte % 32 + 32 * half if HELD == NIBBLES else byte
             if WHOLE:
                 y = total.to(tl.float32)
                 if SCALED:
@@ -189,8 +186,8 @@ def _event(
         tl.debug_barrier()  # all threads have written
         if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel", scope="gpu") == splits - 1:
             for m in tl.static_range(ROWS):
-                for half in tl.static_range(HALVES):
-                    column = byte // 32 * 64 + byte % 32 + 32 * half if KIND == NIBBLES else byte
+                for half in tl.static_range(max(HELD // 4, 1)):
+                    column = byte // 32 * 64 + byte % 32 + 32 * half if HELD == NIBBLES else byte
                     _collect(partial, scale, out, m * N + column, column, column < N, splits, stride, SCALED, PIECE)
             tl.store(arrived + tl.program_id(0), 0)
 
@@ -249,7 +246,7 @@ def event(values: Tensor, rows: Tensor, scale: Tensor | None, out: Tensor, cut: 
         **meta(
             WIDTH=width,
             ROWS=height,
-            KIND=NIBBLES.value if packed else BYTES.value if words else WEIGHT.value,
+            HELD=NIBBLES.value if packed else BYTES.value if words else 1,
             INTEGRAL=integral,
             SCALED=scaled,
             WIDE=wide,
