@@ -1,10 +1,10 @@
 # ruff: noqa: RUF005 (kernels know no unpacking into a tuple)
 """Few rows, most of whose values are zero: only weight rows of the others are read, exactly so many.
 
-A program owns some bytes of every weight row, and some input channels, which its slots share out: a slot is as many
-threads as load those bytes of one row at once. What a slot has to visit is a word of bits in a register, of which it
-takes the lowest again and again; so nothing lies between the values and the weights but the time that one load takes.
-Where programs share the input channels, the one that comes last adds up what all of them left, or a second pass does.
+A program owns some bytes of every weight row, and its slots share out the input channels: a slot is as many threads as
+load those bytes of one row at once. What a slot has to visit is words of bits in registers, of which it takes the
+lowest again and again; so nothing lies between the values and the weights but the time that one load takes. A row that
+has come is added, and the next is asked for in its place, so that as many as before are on their way.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spikeform.synapses.triton.finish import scratch
 from spikeform.synapses.triton.launch import cdiv, meta, next_power
 from spikeform.synapses.triton.operands import await_inputs, dot4, release
 
 # How many weights are in what is loaded as one element: one, or those of a word of bytes or of nibbles.
 BYTES, NIBBLES = tl.constexpr(4), tl.constexpr(8)
 RUN = tl.constexpr(8)  # neighbouring channels go to one slot: as many as fill a sector of the cache
-MOST = 64  # channels of a slot: bits of a word
-COLLECTED = 2048  # partial sums that a program of the second pass adds up
+LOAD = 16  # bytes that a thread loads at once
+WORD = 64  # bits of a word
 
 
 class Share(NamedTuple):
@@ -32,19 +31,13 @@ class Share(NamedTuple):
 
     Attributes:
         size: Bytes of a weight row that a program loads.
-        slots: Rows that it loads at once.
-        splits: Programs that share the input channels, or as many more as have slots enough.
+        slots: Rows that it loads at once; a slot has a thread for each 16 bytes.
         depth: Rows of a slot that are on their way together.
-        warps: Warps of a program.
-        last: Whether the last program adds up partial sums, else a second pass.
     """
 
     size: int
     slots: int
-    splits: int
     depth: int
-    warps: int
-    last: bool = False
 
 
 @triton.jit
@@ -53,6 +46,44 @@ def _lowest(bits):
     low = bits & -bits
     exponent = (low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255  # of a power of two, whatever its sign
     return exponent - 127, bits ^ low
+
+
+@triton.jit
+def _next(words, turn, BITS: tl.constexpr):
+    """What each slot visits next.
+
+    Args:
+        words: Words of channels to visit, int32 or int64 ``[SLOTS]`` each; the first is the one at work.
+        turn: Channels of the words before, int32 ``[SLOTS]``.
+        BITS: Channels of a word.
+
+    Returns:
+        Whether there is one; which of the slot's; words; turn. A word that is spent makes room for the one after it,
+        which is one step without a channel where that has none either.
+    """
+    left = words[0]
+    rest = ()
+    if len(words) > 1:
+        spent = left == 0
+        left, turn = tl.where(spent, words[1], left), tl.where(spent, turn + BITS, turn)
+        for i in tl.static_range(1, len(words)):
+            after = words[i + 1] if i + 1 < len(words) else words[i] * 0
+            rest = rest + (tl.where(spent, after, words[i]),)
+    live = left != 0
+    place, left = _lowest(left)
+    return live, turn + place, (left,) + rest, turn
+
+
+@triton.jit
+def _ask(rows, values, own, place, apart, live, n, K, WIDTH: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """What the program has of one weight row of each slot, and the values that meet it, one tensor of each row."""
+    channel = own + (place >> 3) * apart + (place & 7)
+    inside = live[:, None] if EVEN else live[:, None] & (n < WIDTH)[None, :]
+    at = rows + channel.to(tl.int64)[:, None] * WIDTH + n[None, :]
+    given = ()
+    for m in tl.static_range(ROWS):
+        given = given + (tl.load(values + m * K + channel, live, other=0),)
+    return tl.load(at, inside, other=0, eviction_policy="evict_first"), given
 
 
 @triton.jit
@@ -83,26 +114,10 @@ def _visited(sums, weights, value, FIRST: tl.constexpr, HELD: tl.constexpr):
 
 
 @triton.jit
-def _collect(partial, scale, out, at, n, live, splits, stride, SCALED: tl.constexpr, PIECE: tl.constexpr):
-    """``out[at] = scale[n] sum_s partial[s, at]``, PIECE of the splits at once."""
-    lines = tl.arange(0, PIECE)
-    total = tl.zeros([PIECE, at.shape[0]], partial.dtype.element_ty)
-    for first in range(0, splits, PIECE):
-        place = partial + (first + lines).to(tl.int64)[:, None] * stride + at[None, :]
-        total += tl.load(place, (first + lines < splits)[:, None] & live[None, :], other=0, cache_modifier=".cg")
-    y = tl.sum(total, 0).to(tl.float32)
-    if SCALED:
-        y *= tl.load(scale + n, live, other=0.0)
-    tl.store(out + at, y, live)
-
-
-@triton.jit
 def _event(
     values,
     rows,
     scale,
-    partial,
-    arrived,
     out,
     N,
     K,
@@ -113,102 +128,68 @@ def _event(
     SCALED: tl.constexpr,
     WIDE: tl.constexpr,
     SLOTS: tl.constexpr,
+    WORDS: tl.constexpr,
     BITS: tl.constexpr,
     DEPTH: tl.constexpr,
-    WHOLE: tl.constexpr,
-    LAST: tl.constexpr,
-    PIECE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """WIDTH: loaded elements of a weight row; BITS: channels of a slot; WHOLE: programs have all input channels."""
+    """WIDTH: loaded elements of a weight row; WIDE: of them a program's; a slot has WORDS times BITS channels."""
     release(OVERLAP)
     await_inputs(OVERLAP)
     kind = tl.int32 if INTEGRAL else tl.float32
     EVEN: tl.constexpr = WIDTH % WIDE == 0
-    splits, stride = tl.num_programs(1), N.to(tl.int64) * ROWS
-    own, apart = (tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)) * RUN, splits * SLOTS * RUN
+    own, apart = tl.arange(0, SLOTS) * RUN, SLOTS * RUN
     word = tl.int64 if BITS > 32 else tl.int32
-    left, found = tl.zeros([SLOTS], word), tl.zeros([SLOTS], tl.int32)
-    excess = ()
+    found, words, sent = tl.zeros([SLOTS, WIDE], tl.int32), (), ()
     for _ in tl.static_range(ROWS):
-        excess = excess + (tl.program_id(0) * 0,)
-    for piece in tl.static_range((BITS + WIDE - 1) // WIDE):
-        # In the shape of weights, so that bits are born with the threads that visit them.
-        bit = piece * WIDE + tl.arange(0, WIDE)
-        k = own[:, None] + (bit // RUN * apart + bit % RUN)[None, :]
-        used, more = k < 0, ()
-        for m in tl.static_range(ROWS):
-            v = tl.load(values + m * K + k, (k < K) & (bit < BITS)[None, :], other=0)
-            used = used | (v != 0)
-            if HELD == NIBBLES and INTEGRAL:
-                more = more + (excess[m] + 8 * tl.sum(tl.sum(v.to(tl.int32), 1), 0),)
-        if HELD == NIBBLES and INTEGRAL:
-            excess = more
-        one = tl.full([1, WIDE], 1, word) << (bit % BITS)[None, :]
-        left |= tl.xor_sum(tl.where(used, one, 0), 1)
-        found += tl.sum(used.to(tl.int32), 1)
-    count = tl.max(found, 0)
-    n = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
-    sums = ()
-    for _ in tl.static_range(ROWS * HELD):
-        sums = sums + (tl.zeros([SLOTS, WIDE], kind),)
-    for _ in range(0, count, DEPTH):
-        tiles, given = (), ()
-        for _ in tl.static_range(DEPTH):
-            live = left != 0
-            place, left = _lowest(left)
-            channel = own + (place >> 3) * apart + (place & 7)
-            at = rows + channel.to(tl.int64)[:, None] * WIDTH + n[None, :]
-            inside = live[:, None] if EVEN else live[:, None] & (n < WIDTH)[None, :]
-            tiles = tiles + (tl.load(at, inside, other=0, eviction_policy="evict_first"),)
+        sent = sent + (tl.zeros([SLOTS, WIDE], kind),)
+    for w in tl.static_range(WORDS):
+        bits = tl.zeros([SLOTS, WIDE], word)
+        for piece in tl.static_range((BITS + WIDE - 1) // WIDE):
+            # In the shape of weights, so that bits are born with the threads that visit them.
+            bit = piece * WIDE + tl.arange(0, WIDE)
+            k = own[:, None] + ((w * BITS + bit) // RUN * apart + bit % RUN)[None, :]
+            used, more = k < 0, ()
             for m in tl.static_range(ROWS):
-                given = given + (tl.load(values + m * K + channel, live, other=0),)
+                v = tl.load(values + m * K + k, (k < K) & (bit < BITS)[None, :], other=0)
+                used = used | (v != 0)
+                more = more + (sent[m] + v.to(kind) if HELD == NIBBLES and INTEGRAL else sent[m],)
+            sent = more
+            one = tl.full([1, WIDE], 1, word) << (bit % BITS)[None, :]
+            bits |= tl.where(used, one, 0)
+            found += used.to(tl.int32)
+        words = words + (tl.xor_sum(bits, 1),)
+    n = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    turn, tiles, given, sums = tl.zeros([SLOTS], tl.int32), (), (), ()
+    for _ in tl.static_range(DEPTH):
+        live, place, words, turn = _next(words, turn, BITS)
+        tile, value = _ask(rows, values, own, place, apart, live, n, K, WIDTH, ROWS, EVEN)
+        tiles, given = tiles + (tile,), given + value
+    for m in tl.static_range(ROWS):
+        zero = tl.zeros([SLOTS, WIDE], kind)
+        if HELD == NIBBLES and INTEGRAL:  # nibbles are 8 too large
+            zero -= 8 * tl.sum(sent[m], 1)[:, None]
+        for _ in tl.static_range(HELD):
+            sums = sums + (zero,)
+    for _ in range(0, tl.max(tl.sum(found, 1), 0) + max(WORDS - 2, 0), DEPTH):
+        coming, meeting = (), ()
         for step in tl.static_range(DEPTH):
             added = ()
             for m in tl.static_range(ROWS):
                 added = added + _visited(sums, tiles[step], given[step * ROWS + m], m * HELD, HELD)
             sums = added
+            live, place, words, turn = _next(words, turn, BITS)
+            tile, value = _ask(rows, values, own, place, apart, live, n, K, WIDTH, ROWS, EVEN)
+            coming, meeting = coming + (tile,), meeting + value
+        tiles, given = coming, meeting
     byte = tl.program_id(0) * (WIDE * min(HELD, 4)) + tl.arange(0, WIDE * min(HELD, 4))
     for m in tl.static_range(ROWS):
         for half in tl.static_range(max(HELD // 4, 1)):
-            total = tl.sum(sums[m] if HELD == 1 else _bytes_of(sums, m * HELD + 4 * half), 0)
-            if HELD == NIBBLES and INTEGRAL:
-                total -= excess[m]
+            y = tl.sum(sums[m] if HELD == 1 else _bytes_of(sums, m * HELD + 4 * half), 0).to(tl.float32)
             column = byte // 32 * 64 + byte % 32 + 32 * half if HELD == NIBBLES else byte
-            if WHOLE:
-                y = total.to(tl.float32)
-                if SCALED:
-                    y *= tl.load(scale + column, column < N, other=0.0)
-                tl.store(out + m * N + column, y, column < N)
-            else:
-                tl.store(partial + tl.program_id(1) * stride + m * N + column, total, column < N)
-    if LAST:
-        tl.debug_barrier()  # all threads have written
-        if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel", scope="gpu") == splits - 1:
-            for m in tl.static_range(ROWS):
-                for half in tl.static_range(max(HELD // 4, 1)):
-                    column = byte // 32 * 64 + byte % 32 + 32 * half if HELD == NIBBLES else byte
-                    _collect(partial, scale, out, m * N + column, column, column < N, splits, stride, SCALED, PIECE)
-            tl.store(arrived + tl.program_id(0), 0)
-
-
-@triton.jit
-def _second(
-    partial,
-    scale,
-    out,
-    N,
-    splits,
-    stride,
-    SCALED: tl.constexpr,
-    PIECE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    release(OVERLAP)
-    await_inputs(OVERLAP)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    _collect(partial, scale, out, tl.program_id(1) * N + n, n, n < N, splits, stride, SCALED, PIECE)
+            if SCALED:
+                y *= tl.load(scale + column, column < N, other=0.0)
+            tl.store(out + m * N + column, y, column < N)
 
 
 def event(values: Tensor, rows: Tensor, scale: Tensor | None, out: Tensor, cut: Share) -> None:
@@ -224,61 +205,29 @@ def event(values: Tensor, rows: Tensor, scale: Tensor | None, out: Tensor, cut: 
     (height, inner), columns = values.shape, out.shape[1]
     integral = values.dtype == torch.int8 and not rows.is_floating_point()
     packed = rows.dtype == torch.uint8
-    words = packed or (integral and rows.shape[1] % 4 == 0 and rows.storage_offset() % 4 == 0)
-    loaded = rows.view(torch.int32) if words else rows
+    held = packed or (integral and rows.shape[1] % 4 == 0 and rows.storage_offset() % 4 == 0)
+    loaded = rows.view(torch.int32) if held else rows
     width = loaded.shape[1]
     wide = min(cut.size // loaded.element_size(), next_power(width))
-    runs = cdiv(inner, cut.slots * RUN.value)
-    splits = min(max(cut.splits, cdiv(runs, MOST // RUN.value)), runs)
-    grid = (cdiv(width, wide), splits)
-    whole, scaled = splits == 1, scale is not None
-    last = cut.last and not whole
-    partial = out if whole else scratch(splits, height, columns, torch.int32 if integral else torch.float32, values)
-    _event[grid](
+    channels = cdiv(inner, cut.slots * RUN.value) * RUN.value
+    _event[(cdiv(width, wide),)](
         values,
         loaded,
-        scale if scaled else out,
-        partial,
-        counters(values.device, grid[0]) if last else partial,
+        out if scale is None else scale,
         out,
         columns,
         inner,
         **meta(
             WIDTH=width,
             ROWS=height,
-            HELD=NIBBLES.value if packed else BYTES.value if words else 1,
+            HELD=NIBBLES.value if packed else BYTES.value if held else 1,
             INTEGRAL=integral,
-            SCALED=scaled,
+            SCALED=scale is not None,
             WIDE=wide,
             SLOTS=cut.slots,
-            BITS=next_power(cdiv(runs, splits)) * RUN.value,
+            WORDS=cdiv(channels, WORD),
+            BITS=min(next_power(channels), WORD),
             DEPTH=cut.depth,
-            WHOLE=whole,
-            LAST=last,
-            PIECE=min(next_power(splits), 16),
-            num_warps=cut.warps,
+            num_warps=min(32, max(1, cut.slots * wide * loaded.element_size() // (32 * LOAD))),
         ),
     )
-    if not whole and not last:
-        piece = next_power(splits)
-        block = max(16, COLLECTED // piece)
-        _second[(cdiv(columns, block), height)](
-            partial,
-            scale if scaled else out,
-            out,
-            columns,
-            splits,
-            height * columns,
-            **meta(SCALED=scaled, PIECE=piece, BLOCK=block),
-        )
-
-
-_counters: dict[torch.device, Tensor] = {}
-
-
-def counters(device: torch.device, count: int) -> Tensor:
-    """Zeros, int32, which kernels leave as zeros."""
-    known = _counters.get(device)
-    if known is None or known.numel() < count:
-        known = _counters[device] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-    return known

@@ -90,6 +90,6 @@ def int_tile(rows: int) -> Tile:
 
 def event_share(size: int, inner: int, rows: int) -> Share:
     """``size``: bytes of a weight row; up to four rows of values, whose sums want more registers."""
-    piece = min(512 if rows == 1 else 256, next_power(size))
-    splits = min(4 * MULTIPROCESSORS // cdiv(size, piece), cdiv(inner, 8 * 32))  # programs there at once, of some work
-    return Share(piece, 8, max(1, splits), 4 if rows == 1 else 2, 8)
+    piece = max(32, next_power(size // 128 + 1) // 2)  # a program for each multiprocessor, and whole sectors
+    slots = min((8192 if rows == 1 else 4096) // piece, next_power(cdiv(inner, 8)))
+    return Share(piece, max(1, slots), 4 if rows == 1 else 2)
