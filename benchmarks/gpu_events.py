@@ -47,6 +47,7 @@ from spikeform.synapses.triton.stream import row_product
 SHAPES = [(4096, 16384), (4096, 11008), (16384, 4096)]  # N, K
 ZEROS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 1.0)
 BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
+ELEMENTS = {"bf16": "real", "int8": "int8", "int4": "int4"}
 ROTATED, LAUNCHES = 400e6, 16
 THRESHOLD, STEPS = 8.0, 8
 PATIENCE, LIMIT = 60, 150  # seconds for compiling, and for everything: then what is known is shown
@@ -147,27 +148,13 @@ def collapsed_of(case: Case, columns: int, encode: bool) -> list[Callable[[], li
 
 
 def cuts(kind: str, columns: int, inner: int) -> dict[str, Share]:
-    """What is tried, by a short name."""
+    """What is tried, by a short name: bytes of a row and warps of a program, rows of a slot on their way."""
     if not CUDA:
-        return {"wide": Share(128, 8, 3, 2, 4), "last": Share(128, 8, 3, 2, 4, True), "whole": Share(32, 16, 1, 2, 4)}
-    row = int(BYTES[kind] * columns)
-    blocks = row // 512
-    all_, half = max(1, 528 // blocks), max(1, 264 // blocks)
-    narrow = max(32, row // 128)
-    warps = next(w for w in (8, 16, 32) if w * 512 // narrow * 64 >= inner)
-    found = {
-        "wide": Share(512, 8, all_, 4, 8),
-        "wide last": Share(512, 8, all_, 4, 8, True),
-        "deep": Share(512, 8, all_, 8, 8),
-        "few": Share(512, 8, half, 4, 8),
-        "few deep": Share(512, 8, half, 8, 8),
-        "large": Share(512, 16, half, 4, 16),
-        "large last": Share(512, 16, half, 4, 16, True),
-        "whole": Share(narrow, warps * 512 // narrow, 1, 4, warps),
-    }
-    if kind == "int4":
-        found |= {"half": Share(256, 8, half, 8, 8), "half last": Share(256, 8, half, 8, 8, True)}
-    return found
+        return {"one": Share(32, 16, 2), "words": Share(128, 2, 4)}
+    piece = int(BYTES[kind] * columns) // 128
+    tried = [(piece, 32, 4), (piece, 16, 4), (piece, 8, 8), (piece, 8, 16)]
+    tried += [(2 * piece, 16, 8)] if kind == "int4" else [(piece, 16, 6)]
+    return {f"{size}/{warps}/{depth}": Share(size, warps * 512 // size, depth) for size, warps, depth in tried}
 
 
 def right(case: Case, y: Tensor) -> bool:
@@ -205,7 +192,7 @@ def measure(kind: str, columns: int, inner: int, zeros: float) -> dict | None:
         encoded = guarded("encoded", lambda: seconds(events_of(case, columns, True)))
     dense, both = (guarded("collapsed", lambda e=e: seconds(collapsed_of(case, columns, e))) for e in (False, True))
     row = {"kind": kind, "n": columns, "k": inner, "zeros": zeros, "share": share, "us": times[best], "best": best}
-    chosen = named[best] or shapes.event_share(int(BYTES[kind] * columns), inner, 1)
+    chosen = named[best] or shapes.event_share(ELEMENTS[kind], int(BYTES[kind] * columns), inner, 1)
     row |= {"cut": tuple(chosen), "cuts_us": times, "encoded_us": encoded and encoded * 1e6}
     row |= {"dense_us": dense and dense * 1e6, "dense_encoded_us": both and both * 1e6}
     if dense:

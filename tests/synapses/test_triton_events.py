@@ -19,9 +19,9 @@ KINDS = {
     "fp32 x int8": (torch.float32, torch.int8),
     "fp32 x int4": (torch.float32, "int4"),
 }
-# Bytes, slots, depth: a word of 32 bits; one of 64, deeper than there are channels; words and a part of one; a program
-# for all columns; more slots than runs of channels.
-CUTS = [(32, 8, 2), (64, 4, 12), (128, 1, 3), (512, 2, 1), (16, 64, 4)]
+# Bytes, slots, depth: one word a slot; two, and deeper than there are channels; five; three, in one program; more slots
+# than runs of channels, a thread each.
+CUTS = [(32, 8, 2), (64, 4, 12), (128, 1, 3), (512, 2, 1), (16, 32, 4)]
 
 
 @pytest.fixture
@@ -90,6 +90,18 @@ def test_however_it_is_cut(products, shared, kind, cut):
     shared(cut)
     check(products, *given(kind, (1, 139), 128, 0.1))
     check(products, *given(kind, (2, 139), 128, 0.9))
+
+
+@fused
+@pytest.mark.parametrize("sent", [[], [0], [138], [31, 32], [0, 96, 138], range(64, 96), range(0, 139, 32)])
+@pytest.mark.parametrize("cut", CUTS)
+def test_words_without_a_channel(products, shared, cut, sent):
+    """Steps without a channel, between words that have some, leave none out."""
+    shared(cut)
+    values, rows, stored, scale = given("int8", (1, 139), 128, 0.0)
+    kept = torch.zeros(139, dtype=torch.int8)
+    kept[list(sent)] = 1
+    check(products, values * kept, rows, stored, scale)
 
 
 @fused

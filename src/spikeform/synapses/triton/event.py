@@ -23,7 +23,7 @@ from spikeform.synapses.triton.operands import await_inputs, dot4, release
 BYTES, NIBBLES = tl.constexpr(4), tl.constexpr(8)
 RUN = tl.constexpr(8)  # neighbouring channels go to one slot: as many as fill a sector of the cache
 LOAD = 16  # bytes that a thread loads at once
-WORD = 64  # bits of a word
+WORD = 32  # bits of a word: those of twice as many take more instructions
 
 
 class Share(NamedTuple):
@@ -42,7 +42,7 @@ class Share(NamedTuple):
 
 @triton.jit
 def _lowest(bits):
-    """The place of the lowest bit that is set (else negative), and the other bits: int32 or int64 ``[...]``."""
+    """The place of the lowest bit that is set (else negative), and the other bits: int32 ``[...]``."""
     low = bits & -bits
     exponent = (low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255  # of a power of two, whatever its sign
     return exponent - 127, bits ^ low
@@ -53,7 +53,7 @@ def _next(words, turn, BITS: tl.constexpr):
     """What each slot visits next.
 
     Args:
-        words: Words of channels to visit, int32 or int64 ``[SLOTS]`` each; the first is the one at work.
+        words: Words of channels to visit, int32 ``[SLOTS]`` each; the first is the one at work.
         turn: Channels of the words before, int32 ``[SLOTS]``.
         BITS: Channels of a word.
 
@@ -139,12 +139,11 @@ def _event(
     kind = tl.int32 if INTEGRAL else tl.float32
     EVEN: tl.constexpr = WIDTH % WIDE == 0
     own, apart = tl.arange(0, SLOTS) * RUN, SLOTS * RUN
-    word = tl.int64 if BITS > 32 else tl.int32
     found, words, sent = tl.zeros([SLOTS, WIDE], tl.int32), (), ()
     for _ in tl.static_range(ROWS):
         sent = sent + (tl.zeros([SLOTS, WIDE], kind),)
     for w in tl.static_range(WORDS):
-        bits = tl.zeros([SLOTS, WIDE], word)
+        bits = tl.zeros([SLOTS, WIDE], tl.int32)
         for piece in tl.static_range((BITS + WIDE - 1) // WIDE):
             # In the shape of weights, so that bits are born with the threads that visit them.
             bit = piece * WIDE + tl.arange(0, WIDE)
@@ -155,8 +154,7 @@ def _event(
                 used = used | (v != 0)
                 more = more + (sent[m] + v.to(kind) if HELD == NIBBLES and INTEGRAL else sent[m],)
             sent = more
-            one = tl.full([1, WIDE], 1, word) << (bit % BITS)[None, :]
-            bits |= tl.where(used, one, 0)
+            bits |= used.to(tl.int32) << (bit % BITS)[None, :]
             found += used.to(tl.int32)
         words = words + (tl.xor_sum(bits, 1),)
     n = tl.program_id(0) * WIDE + tl.arange(0, WIDE)

@@ -88,8 +88,16 @@ def int_tile(rows: int) -> Tile:
     return Tile(128, 128, 128, 4, 3) if rows > 64 else Tile(64, 128, 128, 4, 4)
 
 
-def event_share(size: int, inner: int, rows: int) -> Share:
-    """``size``: bytes of a weight row; up to four rows of values, whose sums want more registers."""
-    piece = max(32, next_power(size // 128 + 1) // 2)  # a program for each multiprocessor, and whole sectors
-    slots = min((8192 if rows == 1 else 4096) // piece, next_power(cdiv(inner, 8)))
-    return Share(piece, max(1, slots), 4 if rows == 1 else 2)
+def event_share(element: str, size: int, inner: int, rows: int) -> Share:
+    """Up to four rows of values.
+
+    Args:
+        element: ``real``, ``int8`` or ``int4``.
+        size: Bytes of a row of the weight.
+        inner: Input features.
+        rows: Rows of values; sums of each want registers.
+    """
+    piece = max(16, next_power(size // (3 * MULTIPROCESSORS // 4) + 1) // 2)  # programs: all there at once, few idle
+    threads = 256 if rows > 1 and element == "int4" else 512
+    slots = min(threads * 16 // piece, next_power(cdiv(inner, 8)))  # a run of channels at least for each
+    return Share(piece, max(1, slots), max(2, 8 // rows))
