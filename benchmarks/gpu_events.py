@@ -152,8 +152,8 @@ def cuts(kind: str, columns: int, inner: int) -> dict[str, Share]:
     if not CUDA:
         return {"one": Share(32, 16, 2), "words": Share(128, 2, 4)}
     piece = int(BYTES[kind] * columns) // 128
-    tried = [(piece, 32, 4), (piece, 16, 4), (piece, 8, 8), (piece, 8, 16)]
-    tried += [(2 * piece, 16, 8)] if kind == "int4" else [(piece, 16, 6)]
+    tried = [(piece, 16, 4), (piece, 16, 6), (piece, 8, 8), (piece, 8, 16)]
+    tried += [(2 * piece, 16, 8)] if kind == "int4" else [(piece, 32, 4)]  # int4: too many registers
     return {f"{size}/{warps}/{depth}": Share(size, warps * 512 // size, depth) for size, warps, depth in tried}
 
 
