@@ -1,6 +1,6 @@
 """Products on a GPU: are the fused kernels right, how fast are they, and how are they best cut?
 
-    python benchmarks/gpu_products.py [--out FILE] [--quick] [--only decode,skinny,gemm,event,library]
+    python benchmarks/gpu_products.py [--out FILE] [--quick] [--only decode,skinny,gemm,library]
 
 Each kernel is compared with the executors in PyTorch (integer sums bit for bit). Times are of launches in a CUDA graph
 that goes round weight copies of more than 256 MB, so that none is found in the cache; the least of several replays
@@ -33,17 +33,14 @@ if not torch.cuda.is_available():
 
 import triton
 from gpu_products_check import DEVICE, check_size, errors, failed, guarded, input_of
-from gpu_products_cuts import CUDA, SHARES, plans
+from gpu_products_cuts import CUDA, plans
 
 from spikeform.neurons import GIF
 from spikeform.synapses.fused import pack_nibbles
 from spikeform.synapses.triton import launch, products, shapes
-from spikeform.synapses.triton.event import Share
 from spikeform.synapses.triton.shapes import Strip
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (32000, 4096), (16384, 4096), (4096, 16384)]  # N, K
-EVENT_SHAPES = [(4096, 16384), (4096, 11008)]
-ZEROS = (0.5, 0.7, 0.8, 0.9, 0.97)
 CHECKED = (
     [(1, 96, 512), (4, 200, 512), (16, 128, 640), (64, 264, 512), (200, 264, 512)]
     if CUDA
@@ -267,33 +264,6 @@ def warm(job: tuple[str, str, int, list, int, bool]) -> int:
     return len(cuts)
 
 
-def warm_event(job: tuple[str, int, Share]) -> int:
-    kind, inner, share = job
-    with cut("event_share", share):
-        guarded("warm", lambda: event_calls(kind, 512, inner, 0.5, 1)[0][0]())
-    return 1
-
-
-def event_calls(kind: str, columns: int, inner: int, zeros: float, copies: int | None = None):
-    """Calls over copies of the rows and several patterns of input; and bytes of all rows."""
-    generator = torch.Generator(DEVICE).manual_seed(2)
-    stored = {"bf16": 2, "int8": 1, "int4": 0.5}[kind] * columns * inner
-    count = copies or (max(2, int(ROTATED / stored) + 1) if CUDA else 1)
-    codes = torch.randint(-8, 8, (inner, columns), generator=generator, device=DEVICE, dtype=torch.int8)
-    rows = codes.bfloat16() if kind == "bf16" else codes if kind == "int8" else pack_nibbles(codes + 8)
-    scale = torch.rand(columns, device=DEVICE)
-    weights = [rows, *(rows.clone() for _ in range(count - 1))]
-    patterns = []
-    for _ in range(max(count, 8)):
-        v = torch.randint(1, 100, (1, inner), generator=generator, device=DEVICE, dtype=torch.int8)
-        v *= torch.rand(1, inner, generator=generator, device=DEVICE) >= zeros
-        patterns.append(v.float() / 16 if kind == "bf16" else v)
-    calls = [
-        lambda v=v, w=weights[i % count]: products.event_product(v, w, scale, columns) for i, v in enumerate(patterns)
-    ]
-    return calls, stored
-
-
 def libraries(rows_of: tuple[int, ...], sizes: list[tuple[int, int]]) -> list[dict]:
     found = []
     for columns, inner in sizes:
@@ -333,7 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", default="decode,skinny,gemm,event,library")
+    parser.add_argument("--only", default="decode,skinny,gemm,library")
     args = parser.parse_args()
     sections = set(args.only.split(","))
     quick = args.quick or not CUDA
@@ -344,12 +314,8 @@ def main() -> None:
         keep_apart(where.with_suffix(".log"))
     begin = time.perf_counter()
     sizes = [(128, 256)] if quick else SHAPES
-    event_sizes = [(128, 256)] if quick else EVENT_SHAPES
     chosen = [p for p in plans() if p[4] in sections and (CUDA or p[2] <= 64)]
-    if CUDA:
-        wrong = precompile(chosen, event_sizes if "event" in sections else [])
-    else:
-        wrong = [name for size in CHECKED for name in check_size(*size)]
+    wrong = precompile(chosen) if CUDA else [name for size in CHECKED for name in check_size(*size)]
     print("checked:", wrong[:12] or "all right", f"{time.perf_counter() - begin:.0f} s", flush=True)
     rate = copy_rate()
     result = {
@@ -359,7 +325,6 @@ def main() -> None:
         "wrong": wrong,
         "library": [],
         "own": [],
-        "event": [],
     }
 
     def end(code: int) -> None:
@@ -394,39 +359,7 @@ def main() -> None:
                 row |= {"overlapped_us": early, "cut": tuple(shape), "of_copy": case.bytes / took / rate}
                 result["own"].append(row)
     print(f"own: {time.perf_counter() - begin:.0f} s", flush=True)
-    if "event" in sections:
-        events(event_sizes, result["own"], result["event"])
     end(1 if wrong else 0)
-
-
-def events(sizes: list[tuple[int, int]], own: list[dict], found: list[dict]) -> None:
-    """Event products by share of zeros, against the dense kernel of the same dtype."""
-    dense_of = {"bf16": "oat", "int8": "gif8", "int4": "gif4"}
-    for columns, inner in sizes:
-        for kind, dense_kind in dense_of.items():
-            known = [r["us"] for r in own if (r["kind"], r["m"], r["n"], r["k"]) == (dense_kind, 1, columns, inner)]
-            dense = min(known) * 1e-6 if known else seconds(Case(dense_kind, 1, columns, inner).calls)
-            for zeros in ZEROS if CUDA else (0.9,):
-                calls, stored = event_calls(kind, columns, inner, zeros)
-                reference = guarded("event", calls[0])
-                best = None
-                for share in SHARES:
-                    with cut("event_share", share):
-                        label = f"event {kind} {tuple(share)}"
-                        y = guarded(label, calls[0])
-                        if y is None or reference is None or not same(label, y, reference, kind != "bf16"):
-                            continue
-                        took = guarded(label, lambda c=calls: seconds(c))
-                    if took and (best is None or took < best[0]):
-                        best = (took, tuple(share))
-                if best:
-                    row = {"kind": kind, "n": columns, "k": inner, "zeros": zeros, "us": best[0] * 1e6, "cut": best[1]}
-                    row |= {
-                        "dense_us": dense * 1e6,
-                        "faster": dense / best[0],
-                        "TB_s": stored * (1 - zeros) / best[0] / 1e12,
-                    }
-                    found.append(row)
 
 
 def check_apart(size: tuple[int, int, int]) -> list[str]:
@@ -434,25 +367,18 @@ def check_apart(size: tuple[int, int, int]) -> list[str]:
     return check_size(*size) + errors
 
 
-def precompile(chosen: list, event_sizes: list[tuple[int, int]]) -> list[str]:
+def precompile(chosen: list) -> list[str]:
     """Compiles all kernels, side by side, and checks them meanwhile; what is wrong."""
     jobs = []
     for kind, table, rows, cuts, _ in chosen:
         for inner in (4096, 11008) if table.endswith("strip") else (4096,):  # the rest compiles the same for all
             for early in (False, True) if rows <= 16 else (False,):
                 jobs += [(kind, table, rows, cuts[i : i + 3], inner, early) for i in range(0, len(cuts), 3)]
-    more = [
-        (kind, inner, share)
-        for inner in {k for _, k in event_sizes}
-        for kind in ("bf16", "int8", "int4")
-        for share in SHARES
-    ]
     pool = ProcessPoolExecutor(min(15, os.cpu_count() or 1), mp_context=get_context("spawn"))
     wrong = pool.map(check_apart, CHECKED)
-    done = [pool.map(warm, jobs, timeout=PATIENCE), pool.map(warm_event, more, timeout=PATIENCE)]
+    done = pool.map(warm, jobs, timeout=PATIENCE)
     found = guarded("check", lambda: [name for names in wrong for name in names])
-    for results in done:
-        guarded("precompile", lambda r=results: list(r))
+    guarded("precompile", lambda: list(done))
     pool.shutdown(wait=False, cancel_futures=True)
     return ["the check did not end"] if found is None else found
 
@@ -505,13 +431,6 @@ def show(result: dict) -> None:
         plans_.setdefault((r["kind"], r["table"], r["m"]), []).append(text)
     for (kind, name, m), texts in plans_.items():
         print(f"{kind} {name} M={m}:", "; ".join(texts))
-    groups: dict[tuple, list[str]] = {}
-    for r in result["event"]:
-        cut_ = ",".join(str(c) for c in r["cut"])
-        text = f"{r['zeros']:.0%}: {r['us']:.1f}us {r['faster'] * (1 - r['zeros']):.2f}/(1-z) [{cut_}]"
-        groups.setdefault((r["kind"], r["n"], r["k"], r["dense_us"]), []).append(text)
-    for (kind, n, k, dense), texts in groups.items():
-        print(f"event {kind} {n}x{k} dense {dense:.1f}us |", " | ".join(texts))
     if result["failed"]:
         print("failed:", sum(result["failed"].values()), list(result["failed"].items())[:8])
         print("\n".join(result["errors"][:6]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from spikeform.synapses.triton.event import Share
 from spikeform.synapses.triton.gemm import Tile
 from spikeform.synapses.triton.shapes import Strip
 from spikeform.synapses.triton.skinny import Shape
@@ -104,28 +103,8 @@ TILES = {
         Tile(256, 128, 64, 4, 3, 8, True, True),
     ],
 }
-SHARES = [
-    Share(n, k, r, w)
-    for n, k, r, w in [
-        (512, 256, 8, 4),
-        (512, 256, 16, 4),
-        (512, 256, 16, 8),
-        (512, 128, 16, 4),
-        (512, 512, 16, 4),
-        (1024, 256, 8, 4),
-        (1024, 128, 8, 4),
-        (1024, 256, 16, 8),
-        (256, 256, 16, 4),
-        (256, 512, 16, 4),
-        (256, 256, 32, 4),
-        (512, 512, 32, 8),
-        (1024, 512, 16, 8),
-        (2048, 128, 8, 8),
-    ]
-]
 if not CUDA:
     STRIPS, SKINNY, TILES = ({k: v[:1] for k, v in table.items()} for table in (STRIPS, SKINNY, TILES))
-    SHARES = [Share(128, 64, 8, 4)]
 
 
 # Which table cuts which case at how many rows.

@@ -199,7 +199,7 @@ def attention(folder: Path) -> list[str]:
 
 
 def products(folder: Path) -> list[str]:
-    """Products beside PyTorch's, and events."""
+    """Products beside PyTorch's."""
     name = "gpu-products.json"
     data = read(folder, name)
     if data is None:
@@ -215,14 +215,23 @@ def products(folder: Path) -> list[str]:
     lines = ["### Linear layers", "", *table(["operator", *(rows_of(m) for m in ROWS)], rows)]
     words = PRODUCT_WORDS.format(inner=inner, outer=outer)
     lines += paragraph(words, "An empty cell was not measured.", data.get("note", ""), source(data, name))
-    shares = sorted({row["zeros"] for row in data["event"]})
+    return lines
+
+
+def events(folder: Path) -> list[str]:
+    """Event products beside collapsed ones."""
+    name = "gpu-events.json"
+    data = read(folder, name)
+    if data is None:
+        return []
+    shares = sorted({row["zeros"] for row in data["event"]} - {1.0})  # what is left then are launches
     rows = []
-    for kind, k in dict.fromkeys((row["kind"], row["k"]) for row in data["event"]):
-        found = {r["zeros"]: r["faster"] for r in data["event"] if (r["kind"], r["k"]) == (kind, k)}
-        rows.append([f"{k} -> 4096", kind, *(f"{found[share]:.1f}" if share in found else "" for share in shares)])
-    lines += ["### Event executor", "", *table(["inputs -> outputs", "weights", *(f"{s:.0%}" for s in shares)], rows)]
+    for kind, n, k in dict.fromkeys((row["kind"], row["n"], row["k"]) for row in data["event"]):
+        found = {r["zeros"]: r["faster"] for r in data["event"] if (r["kind"], r["n"], r["k"]) == (kind, n, k)}
+        rows.append([f"{k} -> {n}", kind, *(f"{found[share]:.1f}" if share in found else "" for share in shares)])
+    lines = ["### Event executor", "", *table(["inputs -> outputs", "weights", *(f"{s:.0%}" for s in shares)], rows)]
     words = "One row, times as fast as the collapsed product of the same weights, by the share of zero integers."
-    return [*lines, *paragraph(words, source(data, name))]
+    return [*lines, *paragraph(words, data.get("note", ""), source(data, name))]
 
 
 def chains(folder: Path) -> list[str]:
@@ -268,5 +277,5 @@ def conversions(folder: Path) -> list[str]:
 
 def lines(folder: Path) -> list[str]:
     """The whole block."""
-    parts = (models, conversions, encoders, attention, chains, products)
+    parts = (models, conversions, encoders, attention, chains, products, events)
     return [line for part in parts for line in part(folder)]

@@ -4,8 +4,8 @@
 
 Output: the blocks of docs/performance.md and of README.md between their markers, from llamacpp-cpu.json,
 spikingjelly-cpu.json, cpu-products.json, cpu-neurons.json, decode-7b*.json, convert-7b.json, gpu-encoders.json,
-gpu-attention.json, gpu-chain.json and gpu-products.json in benchmarks/results. What no file holds is left out, and said
-to be missing where whole models are compared.
+gpu-attention.json, gpu-chain.json, gpu-products.json and gpu-events.json in benchmarks/results. What no file holds is
+left out, and said to be missing where whole models are compared.
 """
 
 from __future__ import annotations

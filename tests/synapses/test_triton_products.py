@@ -195,30 +195,6 @@ def test_gif_linear(products, once, bits, steps, shape, columns, packed):
 
 
 @fused
-@pytest.mark.parametrize("zeros", [0.6, 1.0])
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4", "fp32 x int8"])
-@pytest.mark.parametrize(("shape", "columns"), [((300,), 64), ((1, 3, 70), 128), ((5, 70), 64)])
-def test_event_product(products, zeros, kind, shape, columns):
-    generator = torch.Generator().manual_seed(4)
-    codes = torch.randint(-127, 128, shape, generator=generator).to(torch.int8)
-    codes[torch.rand(shape, generator=generator) < zeros] = 0
-    values = codes.float() / 32 if kind in ("bf16", "fp32 x int8") else codes
-    rows, scale = weights(shape[-1], columns)
-    scale = torch.rand(columns, generator=generator)
-    stored = rows
-    if kind == "bf16":
-        stored = rows = rows.bfloat16()
-    elif kind == "int4":
-        rows = rows // 16
-        stored = pack_nibbles(rows + 8)
-    y = products.event_product(*sent_to(values, stored, scale), columns).cpu()
-    expected = (values.double() @ rows.double()).float() * scale  # sums are integers, or have few bits
-    assert y.shape == (*shape[:-1], columns)
-    assert torch.equal(y, expected)
-    assert torch.equal(products.event_product(*sent_to(values, stored), None, columns).cpu() * scale, expected)
-
-
-@fused
 def test_no_rows(products):
     codes, scale = weights(8, 64)
     x = torch.zeros(0, 64)

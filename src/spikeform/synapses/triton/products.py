@@ -256,10 +256,12 @@ def event_product(values: Tensor, rows: Tensor, scale: Tensor | None, width: int
     values, rows = values.contiguous(), rows.contiguous()
     flat = values.view(-1, values.shape[-1])
     out = torch.empty((flat.shape[0], width), dtype=torch.float32, device=values.device)
+    element = {torch.uint8: "int4", torch.int8: "int8"}.get(rows.dtype, "real")
     with torch.cuda.device_of(values):
-        cut = shapes.event_share(rows.shape[1], rows.shape[0])
         for start in range(0, flat.shape[0], EVENT_ROWS):
-            event(flat[start : start + EVENT_ROWS], rows, scale, out[start : start + EVENT_ROWS], cut)
+            some = flat[start : start + EVENT_ROWS]
+            cut = shapes.event_share(element, rows.shape[1] * rows.element_size(), rows.shape[0], some.shape[0])
+            event(some, rows, scale, out[start : start + EVENT_ROWS], cut)
     return out.view(*values.shape[:-1], width)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from spikeform.synapses.triton.event import Share
 from spikeform.synapses.triton.gemm import Tile
-from spikeform.synapses.triton.launch import Strip
+from spikeform.synapses.triton.launch import Strip, cdiv, next_power
 from spikeform.synapses.triton.skinny import Shape
 
 MULTIPROCESSORS = 132  # of the card that the tables were made on
@@ -93,6 +93,16 @@ def hopper_tile(rows: int) -> Tile:
     return Tile(128, 256, 128, 8, 3, 16) if rows >= 1024 else Tile(64, 256, 128, 4, 4)
 
 
-def event_share(columns: int, inner: int) -> Share:
-    """Columns are stored ones: bytes of packed rows."""
-    return Share(min(512, max(64, 1 << (columns - 1).bit_length())), 256, 8, 4)
+def event_share(element: str, size: int, inner: int, rows: int) -> Share:
+    """Up to four rows of values.
+
+    Args:
+        element: ``real``, ``int8`` or ``int4``.
+        size: Bytes of a row of the weight.
+        inner: Input features.
+        rows: Rows of values; sums of each want registers.
+    """
+    piece = max(16, next_power(size // (3 * MULTIPROCESSORS // 4) + 1) // 2)  # programs: all there at once, few idle
+    threads = 256 if rows > 1 and element == "int4" else 512
+    slots = min(threads * 16 // piece, next_power(cdiv(inner, 8)))  # a run of channels at least for each
+    return Share(piece, max(1, slots), max(2, 8 // rows))
