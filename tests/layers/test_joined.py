@@ -9,15 +9,11 @@ from collections import Counter
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor
-from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.lowering import lowerings
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import spikeform
+from decoding import converted, decoded
 from kernels import DEVICE, INTERPRETED, fused, let_bounds_be_scalars, needs_triton, not_interpreted, on_the_interpreter
 from spikeform.layers import joined, joined_cache, nodes
 from spikeform.neurons.oat import ROUNDINGS
@@ -30,6 +26,7 @@ def loops(monkeypatch):
     if INTERPRETED:
         let_bounds_be_scalars(monkeypatch)
         monkeypatch.setattr(nodes, "DEVICES", {"cpu"})
+        monkeypatch.setattr(nodes, "CHAINED", set())
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -210,19 +207,6 @@ def test_lengths_move_on():
     assert [int(n) for n in lengths] == [4, 2**40 + 1, 1]
 
 
-def converted(method, **settings):
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig(**sizes, num_hidden_layers=1, intermediate_size=192, max_position_embeddings=32)
-    model = LlamaForCausalLM(config).eval().to(DEVICE)
-    ids = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(1))
-    return spikeform.convert(model, getattr(spikeform, method)(**settings), ids)
-
-
-def operators(graph):
-    return Counter(n.target.name().partition("::")[2] for n in graph.nodes if str(n.target).startswith("spikeform"))
-
-
 @fused
 @pytest.mark.parametrize(
     ("method", "settings"),
@@ -236,39 +220,16 @@ def operators(graph):
 def test_a_compiled_step(method, settings):
     if not dispatch.kernels(DEVICE)[0]:
         pytest.skip(dispatch.kernels(DEVICE)[1])
-    model = converted(method, **settings)
+    model = converted(method, DEVICE, **settings)
     ids = torch.randint(64, (1, 7), generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    seen = []
-
-    def take(together):
-        def compiled(module, _inputs):
-            if together:
-                joined.Joined(0)(module.graph)
-                module.graph.lint()
-                module.recompile()
-                assert all(n.target in lowerings for n in module.graph.nodes if str(n.target).startswith("spikeform"))
-            seen.append(operators(module.graph))
-            return make_boxed_func(module.forward)
-
-        as_inductor = {"decompositions": select_decomp_table(), "keep_inference_input_mutations": True}
-        return aot_autograd(fw_compiler=compiled, **as_inductor)
-
-    logits, caches = [], []
-    for together in (False, True):
-        past = StaticCache(config=model.config, max_cache_len=12)
-        model(input_ids=ids[:, :5], past_key_values=past)
-        torch.compiler.reset()
-        step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=take(together))
-        logits.append([step(input_ids=ids[:, t : t + 1], past_key_values=past).logits for t in (5, 6)])
-        caches.append(past.layers[0].keys.clone())
-    apart, whole = seen  # each compiled once, for both tokens
+    (apart, *before), (whole, *after) = (decoded(model, ids, together) for together in (False, True))
     assert apart["row_product"] == 0
     assert whole["row_product"] == 4  # q, k, v; o; gate, up; down
     las = {"row_norm": 2, "row_gated": 1, "row_attention": 1, "oat_append_turned": 1, "hg_norm": 1}
     gif = {"row_norm_gif": 2, "row_gated_gif": 1, "row_gif": 1, "gif_append_turned": 1, "gif_attention": 1}
     assert whole == Counter(row_product=4, advance=1, **(las if method == "LAS" else gif))
-    assert torch.allclose(torch.cat(logits[0]), torch.cat(logits[1]), atol=1e-3, rtol=1e-3)
-    assert (caches[0] != caches[1]).float().mean() < 0.01
+    assert torch.allclose(before[0], after[0], atol=1e-3, rtol=1e-3)
+    assert (before[1] != after[1]).float().mean() < 0.01
 
 
 @needs_triton

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikeform.layers.cpu.chain import left_by
 from spikeform.native import define
 from spikeform.synapses.rows import POPULATIONS, words_of_oat
 
@@ -62,7 +63,7 @@ ssa_attention = define(
     "spikeform.layers.triton.ssa:ssa_attention",
 )
 # Codes of what oat_attention leaves of one row, for one matrix: see :mod:`spikeform.synapses.rows`, whose arguments
-# follow. On a GPU alone, in compiled graphs, as are these:
+# follow. In compiled graphs alone, as are these; with kernels for a GPU alone, as those are (but ``advance``).
 row_attention = define(
     "row_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scaling, Tensor query, Tensor key, Tensor value,"
     " Tensor probability, int own_limit, int peak, int own_resolution, int own_rounding, int bits, bool nearest,"
@@ -94,7 +95,24 @@ def _append(name: str, given: str, turned: bool):
 
 oat_append, oat_append_turned = (_append("oat_append", _OAT, turned) for turned in (False, True))
 gif_append, gif_append_turned = (_append("gif_append", _GIF, turned) for turned in (False, True))
+
+
+def _chained(given, caches, program: str) -> Tensor:
+    dtype, sizes = left_by(program)
+    return (*given, *caches)[0].new_empty((sum(sizes),), dtype=dtype)
+
+
+# On a CPU alone, in compiled graphs: what :mod:`spikeform.layers.chained` makes of the operators above and of those of
+# :mod:`spikeform.synapses.rows`. It gives what several of them leave, flat, in one piece.
+chain = define(
+    "chain(Tensor[] given, Tensor(a!)[] caches, str program) -> Tensor",
+    _chained,
+    *["spikeform.layers.cpu.chain:chain"] * 2,
+)
 # Adds to integers [], each a tensor of its own.
 advance = define(
-    "advance(Tensor(a!)[] counters, int by) -> ()", lambda *_: None, *["spikeform.layers.triton.append:advance"] * 2
+    "advance(Tensor(a!)[] counters, int by) -> ()",
+    lambda *_: None,
+    "spikeform.layers.cpu.chain:advance",
+    "spikeform.layers.triton.append:advance",
 )

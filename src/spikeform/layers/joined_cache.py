@@ -73,7 +73,7 @@ def _put(node: Any, attention: Node, pack: Any) -> Put | None:
     to, x, place = value(cache), value(packed.args[0]), value(spot)
     one_token = x.ndim == to.ndim == 4 and x.shape[2] == 1 and place.shape == (1,) and place.dtype == torch.int64
     fits = to.dtype == value(packed).dtype and to.shape[:2] == x.shape[:2] and to.shape[3] == value(packed).shape[3]
-    if not one_token or not fits or to.stride(3) != 1 or to.device.type not in nodes.DEVICES or len(packed.users) != 1:
+    if not one_token or not fits or to.stride(3) != 1 or not nodes.joins(to) or len(packed.users) != 1:
         return None
     return Put(cache, spot, packed, node, copies[0])
 
@@ -169,7 +169,7 @@ def _advance(graph: Graph) -> None:
             continue
         number = value(counter)
         alone = set(more.users) == {node} and isinstance(more.args[1], int)
-        if alone and number.shape == () and number.dtype == torch.int64 and number.device.type in nodes.DEVICES:
+        if alone and number.shape == () and number.dtype == torch.int64 and nodes.joins(number):
             found.setdefault(more.args[1], []).append(node)
     for step, copies in found.items():
         with graph.inserting_before(copies[-1]):

@@ -2,7 +2,8 @@
 
 The operators of :mod:`spikeform.synapses.fused` taken apart, so that matrices that meet the same row (queries, keys,
 values) are one product, and a norm or a gate encodes what it leaves. :mod:`spikeform.layers.joined` puts them into
-compiled graphs. There are kernels for GPUs alone (elsewhere Triton's interpreter runs them, in tests).
+compiled graphs. There are kernels for GPUs alone (in tests Triton's interpreter runs them); on a CPU they are steps of
+one operator before anything runs (:mod:`spikeform.layers.chained`).
 
 Codes of P matrices are int32 ``[P, words]``, in a form that :mod:`spikeform.synapses.triton.row` knows. Each matrix has
 a neuron of its own. ``parts``: weights of a word of four bytes, 1 (fp32), 2 (bf16) or 4 (int8).
