@@ -9,16 +9,13 @@ from collections import Counter
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor
-from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.post_grad import remove_noop_ops
-from torch._inductor.lowering import lowerings
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, StaticCache
+from transformers import OPTConfig, OPTForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import spikeform
+from decoding import backend, converted, decoded
 from kernels import DEVICE, INTERPRETED, fused, let_bounds_be_scalars, needs_triton, not_interpreted, on_the_interpreter
 from spikeform.layers import joined, joined_cache, nodes
 from spikeform.neurons.oat import ROUNDINGS
@@ -31,6 +28,7 @@ def loops(monkeypatch):
     if INTERPRETED:
         let_bounds_be_scalars(monkeypatch)
         monkeypatch.setattr(nodes, "DEVICES", {"cpu"})
+        monkeypatch.setattr(nodes, "CHAINED", set())
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -211,35 +209,6 @@ def test_lengths_move_on():
     assert [int(n) for n in lengths] == [4, 2**40 + 1, 1]
 
 
-def converted(method, **settings):
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig(**sizes, num_hidden_layers=1, intermediate_size=192, max_position_embeddings=96)
-    model = LlamaForCausalLM(config).eval().to(DEVICE)
-    ids = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(1))
-    return spikeform.convert(model, getattr(spikeform, method)(**settings), ids)
-
-
-def operators(graph):
-    return Counter(n.target.name().partition("::")[2] for n in graph.nodes if str(n.target).startswith("spikeform"))
-
-
-def take(together, seen):
-    """A compiler that has the pass put together what it finds, and notes the operators of each graph."""
-
-    def compiled(module, _inputs):
-        if together:
-            joined.Joined(0)(module.graph)
-            module.graph.lint()
-            module.recompile()
-            assert all(n.target in lowerings for n in module.graph.nodes if str(n.target).startswith("spikeform"))
-        seen.append(operators(module.graph))
-        return make_boxed_func(module.forward)
-
-    as_inductor = {"decompositions": select_decomp_table(), "keep_inference_input_mutations": True}
-    return aot_autograd(fw_compiler=compiled, **as_inductor)
-
-
 @fused
 @torch.no_grad()
 def test_a_residual_that_a_norm_sees_flat():
@@ -253,17 +222,12 @@ def test_a_residual_that_a_norm_sees_flat():
     model = spikeform.convert(model, spikeform.LAS(steps=8), ids)
     seen = []
 
-    def compiled(module, _inputs):
-        remove_noop_ops(module.graph)  # what dropout leaves: Inductor does so before its passes
-        joined.Joined(0)(module.graph)
-        module.recompile()
-        products = [n for n in module.graph.nodes if n.target is torch.ops.spikeform.row_product.default]
-        seen.extend(n.args[5] is not None for n in products)
-        return make_boxed_func(module.forward)
+    def adds(graph):
+        return [n.args[5] is not None for n in graph.nodes if n.target is torch.ops.spikeform.row_product.default]
 
-    as_inductor = {"decompositions": select_decomp_table(), "keep_inference_input_mutations": True}
-    backend = aot_autograd(fw_compiler=compiled, **as_inductor)
-    step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=backend)
+    # What dropout leaves is removed first, as Inductor does it.
+    compiler = backend(True, seen, adds, remove_noop_ops)
+    step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=compiler)
     pasts = [StaticCache(config=model.config, max_cache_len=12) for _ in range(2)]
     for past in pasts:
         model(input_ids=ids[:1, :5].to(DEVICE), past_key_values=past)
@@ -272,7 +236,7 @@ def test_a_residual_that_a_norm_sees_flat():
         run(input_ids=ids[:1, 5:6].to(DEVICE), position_ids=place, past_key_values=past).logits
         for run, past in zip((model, step), pasts, strict=True)
     )
-    assert seen == [False, True, False, True] * 2  # q, k, v; o; up; down
+    assert seen == [[False, True, False, True] * 2]  # q, k, v; o; up; down
     assert torch.allclose(wanted, found, atol=1e-3, rtol=1e-3)
     seen.clear()  # without a place the model works it out: how many rows there are is known when it runs
     try:
@@ -280,7 +244,7 @@ def test_a_residual_that_a_norm_sees_flat():
     except torch._dynamo.exc.UserError:
         pytest.skip("this version of transformers compiles no model that is given no place")
     wanted = model(input_ids=ids[:1, 6:7].to(DEVICE), position_ids=place + 1, past_key_values=pasts[0]).logits
-    assert seen == []
+    assert seen == [[]]
     assert torch.allclose(wanted, found, atol=1e-3, rtol=1e-3)
 
 
@@ -297,24 +261,16 @@ def test_a_residual_that_a_norm_sees_flat():
 def test_a_compiled_step(method, settings):
     if not dispatch.kernels(DEVICE)[0]:
         pytest.skip(dispatch.kernels(DEVICE)[1])
-    model = converted(method, **settings)
+    model = converted(method, DEVICE, **settings)
     ids = torch.randint(64, (1, 7), generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    seen, logits, caches = [], [], []
-    for together in (False, True):
-        past = StaticCache(config=model.config, max_cache_len=12)
-        model(input_ids=ids[:, :5], past_key_values=past)
-        torch.compiler.reset()
-        step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=take(together, seen))
-        logits.append([step(input_ids=ids[:, t : t + 1], past_key_values=past).logits for t in (5, 6)])
-        caches.append(past.layers[0].keys.clone())
-    apart, whole = seen  # each compiled once, for both tokens
+    (apart, *before), (whole, *after) = (decoded(model, ids, together) for together in (False, True))
     assert apart["row_product"] == 0
     assert whole["row_product"] == 4  # q, k, v; o; gate, up; down
     las = {"row_norm": 2, "row_gated": 1, "row_appended": 1, "hg_norm": 1}
     gif = {"row_norm_gif": 2, "row_gated_gif": 1, "row_gif": 1, "gif_appended": 1}
     assert whole == Counter(row_product=4, advance=1, **(las if method == "LAS" else gif))
-    assert torch.allclose(torch.cat(logits[0]), torch.cat(logits[1]), atol=1e-3, rtol=1e-3)
-    assert (caches[0] != caches[1]).float().mean() < 0.01
+    assert torch.allclose(before[0], after[0], atol=1e-3, rtol=1e-3)
+    assert (before[1] != after[1]).float().mean() < 0.01
 
 
 @fused
@@ -325,12 +281,12 @@ def test_a_compiled_prompt(steps):
     if not dispatch.kernels(DEVICE)[0]:
         pytest.skip(dispatch.kernels(DEVICE)[1])
     salient = {"salient": 0.1} if steps > 1 else {}
-    model = converted("SpikeLLM", pipeline="rtn", bits=4, weight_bits=4, steps=steps, **salient)
+    model = converted("SpikeLLM", DEVICE, pipeline="rtn", bits=4, weight_bits=4, steps=steps, **salient)
     ids = torch.randint(64, (1, 70), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     seen, logits, caches = [], [], []
     for together in (False, True):
         torch.compiler.reset()
-        run = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=take(together, seen))
+        run = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=backend(together, seen))
         found = run(input_ids=ids, use_cache=True)
         logits.append(found.logits)
         caches.append([found.past_key_values.layers[0].keys, found.past_key_values.layers[0].values])

@@ -127,6 +127,7 @@ class Step(torch.nn.Module):
 def together(monkeypatch, dtype, **changed):
     """What the pass makes of a step: its own operators, all before and after, and the first product."""
     monkeypatch.setattr(nodes, "DEVICES", {"cpu"})
+    monkeypatch.setattr(nodes, "CHAINED", set())
     step, x = Step(dtype, **changed), torch.ones(1, 1, 64, dtype=dtype)
     traced = make_fx(step, decomposition_table=select_decomp_table(), tracing_mode="fake")(x, step.gain)
     before = Counter(node.target for node in traced.graph.nodes)

@@ -26,8 +26,8 @@ def compile_config(model: nn.Module, *, fullgraph: bool = True, together: bool =
     Args:
         model: What is compiled. Nothing else must be compiled with this: it would be taken for this model.
         fullgraph: Raise an error where a step is not one graph.
-        together: On a GPU, put together what decodes one row: products of one input, what makes and encodes it, the
-            cache (:mod:`spikeform.layers.joined`).
+        together: Put together what decodes one row: products of one input, what makes and encodes it, the cache
+            (:mod:`spikeform.layers.joined`); on a CPU all of that into one operator (:mod:`spikeform.layers.chained`).
 
     Returns:
         For ``model.generate(..., cache_implementation="static", compile_config=...)``, or ``model.get_compiled_call``.

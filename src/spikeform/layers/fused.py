@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikeform.layers.cpu.chain import left_by
 from spikeform.native import define
 from spikeform.synapses.rows import POPULATIONS, words_of_oat
 
@@ -80,13 +81,13 @@ ssa_attention = define(
 
 
 def _on_gpu(schema: str, fake):
-    """An operator of compiled graphs, on a GPU alone."""
+    """An operator of compiled graphs, whose kernels are a GPU's."""
     place = f"spikeform.layers.triton.attention:{schema.partition('(')[0]}"
     return define(schema, fake, place, place)
 
 
 # Codes of what oat_attention leaves of one row, for one matrix: see :mod:`spikeform.synapses.rows`, whose arguments
-# come last.
+# come last. On a CPU it and the following ones are steps of ``chain``, as those are.
 row_attention = _on_gpu(f"row_attention({_OAT.format('', '', own='own_')}, {POPULATIONS}) -> Tensor", _row)
 # The same attentions of one query each, after what neurons pack of one token's key and value [B, G, 1, E] has been
 # written into the caches k and v [B, G, S, ...] at ``place`` int64 [1] or []. With cos and sin [B or 1, 1, 1, E] the
@@ -96,7 +97,24 @@ _CHANGED = "(a!)", "(b!)"
 oat_appended = _on_gpu(f"oat_appended({_OAT.format(*_CHANGED, own='')}, {_TOKEN}) -> Tensor", _context)
 gif_appended = _on_gpu(f"gif_appended({_GIF.format(*_CHANGED)}, {_TOKEN}) -> Tensor", _context)
 row_appended = _on_gpu(f"row_appended({_OAT.format(*_CHANGED, own='own_')}, {_TOKEN}, {POPULATIONS}) -> Tensor", _row)
+
+
+def _chained(given, caches, program: str) -> Tensor:
+    dtype, sizes = left_by(program)
+    return (*given, *caches)[0].new_empty((sum(sizes),), dtype=dtype)
+
+
+# On a CPU alone, in compiled graphs: what :mod:`spikeform.layers.chained` makes of the operators above and of those of
+# :mod:`spikeform.synapses.rows`. It gives what several of them leave, flat, in one piece.
+chain = define(
+    "chain(Tensor[] given, Tensor(a!)[] caches, str program) -> Tensor",
+    _chained,
+    *["spikeform.layers.cpu.chain:chain"] * 2,
+)
 # Adds to integers [], each a tensor of its own.
 advance = define(
-    "advance(Tensor(a!)[] counters, int by) -> ()", lambda *_: None, *["spikeform.layers.triton.append:advance"] * 2
+    "advance(Tensor(a!)[] counters, int by) -> ()",
+    lambda *_: None,
+    "spikeform.layers.cpu.chain:advance",
+    "spikeform.layers.triton.append:advance",
 )

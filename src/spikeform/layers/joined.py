@@ -14,6 +14,8 @@ them. A pass over the graph that ``torch.compile`` made (Inductor, on a GPU) see
   operator that attends to it, and the lengths of all caches move on in one;
 - those of a prompt before GIF neurons are turned and encoded by the operator that attends, too.
 
+On a CPU all that becomes one operator, as far as nothing else is in between (:mod:`spikeform.layers.chained`).
+
 Modules, checkpoints and models that are not compiled know nothing of it; what a hook changes is in the graph. Sums are
 the same in the same order. A norm sums its squares in another: a code may differ where a last bit decides.
 """
@@ -29,12 +31,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._ops import OpOverload
 from torch.fx import Graph
 
-from spikeform.layers import joined_cache, joined_plain, joined_prompt, nodes
+from spikeform.layers import chained, chained_steps, joined_cache, joined_plain, joined_prompt, nodes
+from spikeform.layers.chained import chain
 from spikeform.layers.joined_cache import join_caches
 from spikeform.layers.joined_plain import Made, plain
 from spikeform.layers.joined_prompt import join_prompts
 from spikeform.layers.nodes import DEFINED, OPS, Node, call, value
 from spikeform.native.operators import NAMESPACE
+from spikeform.synapses.cpu.products import KINDS, WIDEST
 from spikeform.synapses.rows import SKINNY, limbs_of, rows_of
 
 ADD = torch.ops.aten.add.Tensor
@@ -108,14 +112,15 @@ def product_of(node: Node) -> Product | None:
     if make is None or node.kwargs:
         return None
     x = value(node.args[0])
-    if x.device.type not in nodes.DEVICES or not nodes.fixed(x) or not x.numel():
+    if not nodes.joins(x) or not nodes.fixed(x) or not x.numel():
         return None
     found = make(node, *node.args)
     weight = value(found.weight[0])
-    if rows_of(x) > 1 and (found.encoder is not OPS.row_gif.default or rows_of(x) <= SKINNY):
+    gif = found.encoder is OPS.row_gif.default
+    if rows_of(x) > 1 and (x.device.type not in nodes.DEVICES or not gif or rows_of(x) <= SKINNY):
         return None
     whole = weight.shape[1] * weight.element_size() % 4 == 0 and x.shape[-1] % 4 == 0
-    known = weight.dtype in (torch.int8, torch.uint8, torch.bfloat16, torch.float32)
+    known = weight.dtype in KINDS and x.shape[-1] <= WIDEST
     return found if whole and known and weight.is_contiguous() else None
 
 
@@ -155,12 +160,14 @@ class Joined(CustomGraphPass):
         normed = {found.source[0] for found in made if found and found.encoder is OPS.row_norm_gif.default}
         for group in groups.values():
             _join(graph, group, order, normed)
+        chain(graph)
         _known(graph)
 
     def uuid(self) -> bytes:
         """Graphs that were compiled with this pass are kept apart from others."""
-        modules = *DEFINED, joined_cache, joined_plain, joined_prompt, nodes
-        return get_hash_for_files((__file__, *(module.__file__ for module in modules))) + bytes([self.together])
+        modules = *DEFINED, chained, chained_steps, joined_cache, joined_plain, joined_prompt, nodes
+        how = repr((self.together, nodes.joins(torch.empty(0))))
+        return get_hash_for_files((__file__, *(module.__file__ for module in modules))) + how.encode()
 
 
 def _early(node: Node | None, first: Node, order: dict[Node, int]) -> bool:
@@ -224,7 +231,7 @@ def _made(x: Node, group: list[Product]) -> Made | None:
     if group[0].encoder is OPS.row_gif.default:
         return plain(x)
     made = x.args[0] if x.target in VIEWS and len(x.args[0].users) == 1 else x
-    if made.target not in PRODUCERS or made.kwargs:
+    if made.target not in PRODUCERS or made.kwargs or not chained.encodes(made):
         return None
     if made.target in ATTENTIONS:
         if len(group) > 1 or group[0].neuron[1] is not None or not value(made).numel() == value(x).numel() > 0:
@@ -239,7 +246,7 @@ def _activated(made: Made) -> tuple:
 
     There it is computed once a channel. Each program that encodes GIF neurons' input computes it for the whole row.
     """
-    if made.encoder is not OPS.row_gated_gif.default:
+    if made.encoder is not OPS.row_gated_gif.default or value(made.source[0]).device.type in nodes.CHAINED:
         return made.source
     gate, up, function = made.source
     if gate.target is not getitem or set(gate.users) - set(made.nodes) or rows_of(value(gate)) > 1:

@@ -12,6 +12,7 @@ import torch
 from torch.fx import Graph
 
 from spikeform.layers import nodes
+from spikeform.layers.chained import encodes
 from spikeform.layers.nodes import OPS, Node, call, fixed, match, value
 
 ATEN = torch.ops.aten
@@ -75,7 +76,7 @@ def _put(node: Any, attention: Node, pack: Any) -> Put | None:
         return None
     one_token = x.ndim == to.ndim == 4 and x.shape[2] == 1 and place.shape == (1,) and place.dtype == torch.int64
     fits = to.dtype == value(packed).dtype and to.shape[:2] == x.shape[:2] and to.shape[3] == value(packed).shape[3]
-    if not one_token or not fits or to.stride(3) != 1 or to.device.type not in nodes.DEVICES or len(packed.users) != 1:
+    if not one_token or not fits or to.stride(3) != 1 or not nodes.joins(to) or len(packed.users) != 1:
         return None
     return Put(cache, spot, packed, node, copies[0])
 
@@ -134,6 +135,9 @@ def _append(graph: Graph, attention: Node) -> None:
     args = q, keys.cache, values.cache, *rest, _spot(keys.place), key, other, *turn
     with graph.inserting_before(attention):
         whole = call(graph, appended, args)
+    if not encodes(whole):
+        graph.erase_node(whole)
+        return
     attention.replace_all_uses_with(whole)
     for node in (attention, keys.copy, values.copy):
         _erase(graph, node)
@@ -168,7 +172,7 @@ def _advance(graph: Graph) -> None:
             continue
         number = value(counter)
         alone = set(more.users) == {node} and isinstance(more.args[1], int)
-        if alone and number.shape == () and number.dtype == torch.int64 and number.device.type in nodes.DEVICES:
+        if alone and number.shape == () and number.dtype == torch.int64 and nodes.joins(number):
             found.setdefault(more.args[1], []).append(node)
     for step, copies in found.items():
         with graph.inserting_before(copies[-1]):

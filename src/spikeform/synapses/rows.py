@@ -3,7 +3,8 @@
 The operators of :mod:`spikeform.synapses.fused` taken apart, so that matrices that meet the same row (queries, keys,
 values) meet one encoding, of one row are one product, and a norm or a gate encodes what it leaves.
 :mod:`spikeform.layers.joined` puts them into compiled graphs: of one decoded row, or, of GIF neurons, of many. There
-are kernels for GPUs alone (elsewhere Triton's interpreter runs them, in tests).
+are kernels for GPUs alone (in tests Triton's interpreter runs them); on a CPU those of one row are steps of one
+operator before anything runs (:mod:`spikeform.layers.chained`).
 
 Codes of P matrices and M rows are int32 ``[P M, words]``, in a form that :mod:`spikeform.synapses.triton.row` knows.
 Each matrix has a neuron of its own, or all have one (P is 1). ``parts``: weights of a word of four bytes, 1 (fp32), 2

@@ -48,7 +48,7 @@ def oat_attention(
     batch, heads, length, size = q.shape
     out = q.new_empty(batch, length, heads, size)
     query, key, value, probability = query.contiguous(), key.contiguous(), value.contiguous(), probability.contiguous()
-    sizes = _sizes(q, k, v, mask, q.dtype)
+    sizes = sizes_of(q, k, v, mask, q.dtype)
     run(
         sizes.buffer_info()[0],
         q.data_ptr(),
@@ -109,7 +109,7 @@ def gif_attention(
     k, v, (mask, hidden) = _dense(k), _dense(v), _mask(mask)
     out = torch.empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3]), dtype=dtype)
     q_top, q_multiple, k_multiple, v_multiple = (t.contiguous() for t in (q_top, q_multiple, k_multiple, v_multiple))
-    sizes = _sizes(q, k, v, mask, dtype)
+    sizes = sizes_of(q, k, v, mask, dtype)
     run(
         sizes.buffer_info()[0],
         q.data_ptr(),
@@ -132,11 +132,15 @@ def gif_attention(
 
 
 def _mask(mask: Tensor | None) -> tuple[Tensor | None, float]:
-    """A mask that the library reads, and the value from which on down it hides a key."""
+    """A mask that the library reads, and what hides a key there."""
     if mask is None:
         return None, -1.0
-    hidden = torch.finfo(mask.dtype).min / 2
-    return _dense(mask if mask.dtype in KINDS else mask.float()), hidden
+    return _dense(mask if mask.dtype in KINDS else mask.float()), hidden_from(mask)
+
+
+def hidden_from(mask: Tensor) -> float:
+    """The value from which on down a mask hides a key."""
+    return torch.finfo(mask.dtype).min / 2
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -144,7 +148,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: torch.dtype) -> array:
+def sizes_of(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: torch.dtype) -> array:
     """What the library's ``Sizes`` holds, in its order; a mask's axes of size one are the same everywhere."""
     batch, heads, length, size = q.shape
     groups, keys = k.shape[1:3]

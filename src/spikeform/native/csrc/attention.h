@@ -30,6 +30,15 @@ struct GifNeurons {
     int64_t peak;                                // the largest code of a probability
 };
 
+// Tasks of an attention: a few query rows of one key/value head each.
+struct Tasks {
+    int64_t pairs, rows, per, blocks;
+    int64_t count() const { return pairs * blocks; }
+};
+Tasks tasks_of(const Sizes& n, int64_t threads);
+void attend(const Sizes& n, const Tensors& x, const OatNeurons& neurons, const Tasks& tasks, int64_t i);
+void attend(const Sizes& n, const Tensors& x, const GifNeurons& neurons, const Tasks& tasks, int64_t i);
+
 // Query rows that one task holds at most.
 constexpr int64_t QUERY_ROWS = 64;
 

@@ -69,7 +69,8 @@ SF_INLINE void oat_values_row(const Oat& p, const T* x, const int8_t* shift, int
     }
 }
 
-// A GIF row: integers in the row's common unit, which is returned; `sum` is theirs. top and multiple fp32 [count].
+// A GIF row: integers in the row's common unit, which is returned; `sum` is theirs. multiple fp32 [count]; top, what
+// codes reach, [count] or null: of a unit of `multiple` common ones, levels steps / multiple.
 template <class T>
 SF_INLINE float gif_row(const T* x, int64_t count, const float* top, const float* multiple, int64_t levels,
                         int64_t steps, int8_t* out, int32_t* sum) {
@@ -95,10 +96,10 @@ SF_INLINE float gif_row(const T* x, int64_t count, const float* top, const float
     unit = unit > 1e-5f ? unit : 1e-5f;
     unit = (unit < 1e4f ? unit : 1e4f) / float(steps);
     // A channel's unit is unit * multiple, a power of two: its division changes no bit.
-    const float from = -low[0] / unit;
+    const float from = -low[0] / unit, peak = float(levels * steps);
     int32_t total = 0;
     for (k = 0; k < count; k++) {
-        float m = multiple[k], inverse = 1.0f / m, most = top[k];
+        float m = multiple[k], inverse = 1.0f / m, most = top ? top[k] : peak * inverse;
         float zero = std::rint(from * inverse);
         zero = zero < 1e4f ? zero : 1e4f;
         zero = zero < most ? zero : most;

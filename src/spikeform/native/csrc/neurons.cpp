@@ -1,5 +1,5 @@
 // Neurons for spikeform.neurons.cpu: contiguous real tensors (fp32 or bf16) to what the neurons send.
-#include "parameters.h"
+#include "rows.h"
 
 #define SF_KERNELS "neurons_kernels.h"
 #include "each_level.h"
@@ -85,3 +85,38 @@ SF_API void spikeform_gif_rows(const void* x, int64_t kind, int64_t count, int64
         SF_PICK(gif_rows)(burst, tables, inner, x, kind, size, begin, end, out, units);
     });
 }
+
+// One row, for chain.cpp.
+namespace spikeform {
+
+void make_row(const Maker& m, void* out) {
+    switch (m.made) {
+        case HG_NORM: return SF_PICK(hg_norm)(m.norm, m.gates, m.neuron, m.x, m.kind, m.K, 0, 1, out);
+        case HG_GATED: return SF_PICK(hg_gated)(m.function, m.gates, m.neuron, m.x, m.other, m.kind, 0, m.K, out);
+        case RMS_NORM: return SF_PICK(rms_norm)(m.norm, m.x, m.kind, m.K, out);
+        case GATED: return SF_PICK(gate)(m.function, m.x, m.other, m.kind, m.K, out);
+    }
+}
+
+namespace {
+
+// The head as it is to be packed.
+const void* turned(const Head& head) {
+    if (head.cos) SF_PICK(turn)(head.x, head.cos, head.sin, head.kind, head.size, head.turned);
+    return head.cos ? head.turned : head.x;
+}
+
+}  // namespace
+
+void put_head(const Head& head, const Population& neuron, int64_t wide) {
+    const void* x = turned(head);
+    if (head.cache) SF_PICK(oat_pack)(neuron, x, head.kind, 0, head.size, head.cache, wide);
+}
+
+void put_head(const Head& head, const Burst& neuron) {
+    const void* x = turned(head);
+    if (head.cache)
+        SF_PICK(gif_rows)(neuron, 1, 1, x, head.kind, head.size, 0, 1, static_cast<int8_t*>(head.cache), nullptr);
+}
+
+}  // namespace spikeform

@@ -76,6 +76,45 @@ static void hg_norm_of(const Norm& norm, const Bank& neuron, const Oat& input, c
     }
 }
 
+// As a store to ``X`` leaves it.
+SF_INLINE F kept(const float*, F v) { return v; }
+SF_INLINE F kept(const bf16*, F v) {
+    const U bits = (U)v;
+    return (F)((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u);
+}
+
+// An RMS norm that is not of spikes: fp32, rounded where PyTorch rounds it.
+template <class X>
+static void rms_norm_of(const Norm& norm, const X* x, int64_t size, X* out) {
+    F squares = {};
+    for (int64_t k = 0; k < size; k += WIDTH) {
+        const F v = load(x + k, size - k);
+        squares += v * v;
+    }
+    const float scale = 1.0f / sqrtf(sum(squares) / float(size) + norm.eps);
+    for (int64_t k = 0; k < size; k += WIDTH)
+        store(out + k, kept(x, load(x + k, size - k) * scale) * load((const X*)norm.weight + k, size - k), size - k);
+}
+
+// The same of a gate and its other factor.
+template <int FUNCTION, class X>
+static void gate_of(const X* gate, const X* up, int64_t count, X* out) {
+    for (int64_t k = 0; k < count; k += WIDTH)
+        store(out + k, kept(gate, apply<FUNCTION>(load(gate + k, count - k))) * load(up + k, count - k), count - k);
+}
+
+// Rotary embedding by halves: ``x cos + (-second half, first half) sin``, each rounded.
+template <class X>
+static void turn_of(const X* x, const X* cos, const X* sin, int64_t size, X* out) {
+    const int64_t half = size / 2;
+    for (int64_t k = 0; k < half; k += WIDTH) {
+        const int64_t count = half - k, e = k + half;
+        const F a = load(x + k, count), b = load(x + e, count);
+        store(out + k, kept(x, a * load(cos + k, count)) + kept(x, -b * load(sin + k, count)), count);
+        store(out + e, kept(x, b * load(cos + e, count)) + kept(x, a * load(sin + e, count)), count);
+    }
+}
+
 template <class X>
 static void few_spike_values_of(const FewSpike& neuron, const X* x, int64_t count, X* out) {
     const int last = int(neuron.regions) - 1, steps = int(neuron.steps);
@@ -178,4 +217,16 @@ static void gif_rows(const Burst& burst, int64_t tables, int64_t inner, const vo
             }
         })
     }
+}
+
+static void rms_norm(const Norm& norm, const void* x, int64_t kind, int64_t size, void* out) {
+    SF_OF_KIND(kind, X, rms_norm_of(norm, (const X*)x, size, (X*)out))
+}
+
+static void gate(int64_t function, const void* x, const void* up, int64_t kind, int64_t count, void* out) {
+    SF_OF_KIND(kind, X, SF_OF_FUNCTION(function, (gate_of<FUNCTION>((const X*)x, (const X*)up, count, (X*)out))))
+}
+
+static void turn(const void* x, const void* cos, const void* sin, int64_t kind, int64_t size, void* out) {
+    SF_OF_KIND(kind, X, turn_of((const X*)x, (const X*)cos, (const X*)sin, size, (X*)out))
 }

@@ -1,4 +1,6 @@
 // Products of encoded rows with row-major weights: synapses/fused.py has their meaning.
+#include "rows.h"
+
 #define SF_KERNELS "products_kernels.h"
 #include "each_level.h"
 
@@ -8,7 +10,6 @@ using namespace spikeform;
 
 namespace {
 
-constexpr int64_t TILE = 48;        // weight rows whose sums wait for their scale
 constexpr int64_t LIMBS = 3;        // bytes of a code, at most
 constexpr int64_t ROWS = 256;       // rows of x in a pass over the weights
 constexpr int64_t FEW = 8;          // rows up to which outliers are worth no gathering
@@ -202,6 +203,117 @@ void encode(const Oat& p, Reals x, int64_t from, int64_t rows, int64_t K, Planes
 }
 
 }  // namespace
+
+// One row, for chain.cpp.
+namespace spikeform {
+
+size_t line_bytes(const Encoding& how, int64_t K) {
+    return how.weights < BYTES ? size_t(K) * 8 : size_t(2 * LIMBS * pitch_of(K, 128));
+}
+
+void encode_line(const Encoding& how, const Matrix& matrix, const void* x, int64_t kind, int64_t K, int8_t* room,
+                 Line& line) {
+    const Reals input{const_cast<void*>(x), kind};
+    line.count = 0;
+    auto add = [&](int64_t slot, const int8_t* plane) { line.slots[line.count] = slot, line.planes[line.count++] = plane; };
+    if (how.gif) {
+        const bool packed = how.weights == NIBBLES;
+        const int64_t pitch = pitch_of(K, packed ? 128 : 64);
+        int8_t* codes = packed ? scratch<int8_t>(1, size_t(K)) : room;
+        const int64_t levels = how.limit, steps = how.resolution;
+        line.units[0] = kind == BF16 ? SF_PICK(gif_bf16)(input.halves(0), K, nullptr, matrix.table, levels, steps, codes,
+                                                         line.totals)
+                                     : SF_PICK(gif_fp32)(input.floats(0), K, nullptr, matrix.table, levels, steps, codes,
+                                                         line.totals);
+        if (packed)
+            SF_PICK(spread_nibbles)(codes, K, room, pitch);
+        else
+            std::memset(room + K, 0, size_t(pitch - K));
+        add(0, room);
+        return;
+    }
+    const Oat p = oat(matrix.table, how.populations, how.limit, how.resolution, how.rounding);
+    line.units[0] = p.unit[0], line.units[1] = p.unit[1];
+    if (how.weights < BYTES) {
+        float *values = reinterpret_cast<float*>(room), *plain = how.weights == BF16 ? values + K : values;
+        if (kind == BF16)
+            SF_PICK(oat_values_bf16)(p, input.halves(0), matrix.shift, K, plain);
+        else
+            SF_PICK(oat_values_fp32)(p, input.floats(0), matrix.shift, K, plain);
+        if (how.weights == BF16) SF_PICK(split_pairs)(plain, K, values);
+        line.values = values;
+        return;
+    }
+    const int64_t pitch = pitch_of(K, 64);
+    int32_t *codes = scratch<int32_t>(1, size_t(2 * K)), totals[2 * LIMBS];
+    codes_of(p, input, 0, K, codes, codes + K);
+    for (int64_t r = 0; r < (p.gated ? 2 : 1); r++) {
+        int8_t* planes = room + r * LIMBS * pitch;
+        const int64_t needed = SF_PICK(split_limbs)(codes + r * K, K, planes, pitch, totals + r * LIMBS);
+        for (int64_t l = 0; l < needed; l++) {
+            line.totals[line.count] = totals[r * LIMBS + l];
+            add(r * LIMBS + l, planes + l * pitch);
+        }
+    }
+}
+
+namespace {
+
+template <class T>
+void add_residual(const void* residual, int64_t begin, int64_t end, void* out) {
+    const T* from = static_cast<const T*>(residual);
+    T* to = static_cast<T*>(out);
+    for (int64_t n = begin; n < end; n++) put(to + n, real(from[n]) + real(to[n]));
+}
+
+}  // namespace
+
+void multiply_line(const Encoding& how, const Matrix& matrix, const Line& line, int64_t K, int64_t begin, int64_t end,
+                   const void* residual, int64_t out_kind) {
+    const bool half = how.weights == BF16, packed = how.weights == NIBBLES, gated = !how.gif && how.populations == 2;
+    const int64_t stride = packed ? K / 2 : how.weights == BYTES ? K : half ? 2 * K : 4 * K;
+    int32_t sums[2 * LIMBS * TILE];
+    float added[TILE], reals[TILE];
+    const int32_t* whole[2 * LIMBS] = {};
+    for (int64_t p = 0; p < line.count; p++) whole[line.slots[p]] = sums + p * TILE;
+    for (int64_t n = begin; n < end; n += TILE) {
+        const int64_t size = std::min(TILE, end - n);
+        const uint8_t* place = static_cast<const uint8_t*>(matrix.weight) + n * stride;
+        const float* bias = nullptr;
+        if (matrix.bias) {
+            const Reals from{const_cast<void*>(matrix.bias), matrix.bias_kind};
+            for (int64_t j = 0; j < size; j++) added[j] = from.kind == BF16 ? real(*from.halves(n + j)) : *from.floats(n + j);
+            bias = added;
+        }
+        float* floats = static_cast<float*>(matrix.out) + n;
+        bf16* halves = static_cast<bf16*>(matrix.out) + n;
+        if (how.weights < BYTES) {
+            if (half)
+                SF_PICK(real_bf16)(reinterpret_cast<const bf16*>(place), K, size, line.values, K, 1, reals, TILE);
+            else
+                SF_PICK(real_fp32)(reinterpret_cast<const float*>(place), K, size, line.values, K, 1, reals, TILE);
+            for (int64_t j = 0; j < size; j++) {
+                const float y = bias ? reals[j] + bias[j] : reals[j];
+                if (out_kind == BF16)
+                    put(halves + j, y);
+                else
+                    put(floats + j, y);
+            }
+            continue;
+        }
+        const auto dot = packed ? SF_PICK(dot_int4) : SF_PICK(dot_int8);
+        dot(place, stride, packed ? matrix.zero + n : nullptr, K, size, line.planes, line.count, line.totals, sums, TILE);
+        const float *scale = matrix.scale + n, one = line.units[0], two = line.units[1];
+        if (out_kind == BF16)
+            SF_PICK(finish_bf16)(whole, size, scale, one, two, gated, bias, halves);
+        else
+            SF_PICK(finish_fp32)(whole, size, scale, one, two, gated, bias, floats);
+    }
+    if (residual && out_kind == BF16) add_residual<bf16>(residual, begin, end, matrix.out);
+    if (residual && out_kind == FP32) add_residual<float>(residual, begin, end, matrix.out);
+}
+
+}  // namespace spikeform
 
 // x [M, K] real; weight int8 [N, K]; scale fp32 [N]; bias [N] or null; out [M, N] of the kind of x.
 SF_API void spikeform_oat_linear_int(void* x, int64_t kind, int64_t M, int64_t K, const uint8_t* weight, int64_t N,
