@@ -68,7 +68,8 @@ def test_rows_whose_codes_are_cut(dtype):
     (codes,), (units,) = taken(row_gif(x, [multiple], 15, 2, False), 1, 1088)
     wanted, wanted_unit = gif_integers(x, multiple, multiple, 15, 2)
     exact = (x[0] / wanted_unit[0] / multiple).round() * multiple
-    assert ((exact[1] - codes[1]).abs().max() == 2) and float(units[2]) == 5e3
+    assert (exact[1] - codes[1]).abs().max() == 2
+    assert float(units[2]) == 5e3
     assert torch.equal(codes, wanted[0])
     assert torch.equal(units, wanted_unit[0, :, 0])
 

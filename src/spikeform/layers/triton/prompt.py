@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spikeform.layers.triton import tiles
 from spikeform.layers.triton.operands import Mask, cdiv, dense, padded, pow2
 from spikeform.layers.triton.prefill import attend_integers, form_of, span_of
 from spikeform.neurons.triton.codes import (
@@ -133,6 +134,12 @@ def _encode(
             tl.store((line + SIZE).to(tl.pointer_type(tl.int32)), bits, row < length)
 
 
+def mask_tiles(mask: Tensor, length: int, rows: int, keys: int) -> tuple[Tensor, Tensor]:
+    """See :mod:`spikeform.layers.fused`."""
+    values = Mask.of(mask, *mask.shape[:2], length, length)
+    return tiles.look(values, length, length, rows, keys, mask.device)[:2]
+
+
 def gif_prompt(
     q: Tensor,
     k: Tensor,
@@ -149,6 +156,8 @@ def gif_prompt(
     v_steps: int,
     levels: int,
     peak: int,
+    flags: Tensor | None = None,
+    bits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :mod:`spikeform.layers.fused`."""
     (batch, heads, length, size), groups, device = q.shape, k.shape[1], q.device
@@ -200,7 +209,8 @@ def gif_prompt(
             ),
         )
         out = torch.empty((batch, length, heads, size), dtype=q.dtype, device=device)
-        seen = Mask.of(mask, batch, heads, length, length)
+        hidden = Mask.of(mask, batch, heads, length, length)
+        seen = None if flags is None else tiles.Looked.of(flags, bits)
         k_matrix, v_matrix = (codes[1], units[0]), (values, units[1])
-        attend_integers(codes[0], query_units, k_matrix, v_matrix, length, seen, scaling, peak, size, out, form)
+        attend_integers(codes[0], query_units, k_matrix, v_matrix, length, hidden, scaling, peak, size, out, form, seen)
     return out, packed[0], packed[1]
