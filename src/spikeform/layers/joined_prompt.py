@@ -70,7 +70,9 @@ def _join(graph: Graph, attention: Node, looked: dict[tuple, list[Node]]) -> Non
     given = turned.x, turned_key.x, packs[1].args[0], turned.cos, turned.sin, mask, scaling
     tables = q_multiple, q_steps, k_multiple, k_steps, v_multiple, v_steps, *rest[-2:]
     with graph.inserting_before(attention):
-        outs = call(graph, OPS.gif_prompt.default, (*given, *tables, *_tiles(graph, mask, *q.shape[2:], looked)))
+        outs = call(
+            graph, OPS.gif_prompt.default, (*given, *tables, *_tiles(graph, mask, q.shape[2], q.shape[3], looked))
+        )
         parts = [call(graph, getitem, (outs, i)) for i in range(3)]
     attention.replace_all_uses_with(parts[0])
     graph.erase_node(attention)

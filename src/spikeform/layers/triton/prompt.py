@@ -136,7 +136,7 @@ def _encode(
 
 def mask_tiles(mask: Tensor, length: int, rows: int, keys: int) -> tuple[Tensor, Tensor]:
     """See :mod:`spikeform.layers.fused`."""
-    values = Mask.of(mask, *mask.shape[:2], length, length)
+    values = Mask.of(mask, mask.shape[0], mask.shape[1], length, length)
     return tiles.look(values, length, length, rows, keys, mask.device)[:2]
 
 

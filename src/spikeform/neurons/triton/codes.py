@@ -53,8 +53,10 @@ def widened(x):
     if INTERPRETED or x.dtype != tl.bfloat16:
         return x.to(tl.float32)
     else:
-        both: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-        return tl.inline_asm_elementwise(both, "=r,=r,r", [x], tl.int32, True, 2).to(tl.float32, bitcast=True)
+        bits = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], tl.int32, True, 2
+        )
+        return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

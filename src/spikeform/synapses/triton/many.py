@@ -95,21 +95,19 @@ def _rows(
     high = tl.maximum(tl.max(widened(most), 1, keep_dims=True), 0.0)
     unit = gif_unit(low, high, levels, steps)
     if tl.max(gif_saturates(low, high, unit, levels, steps)) == 1:
-        _send(held, low, unit, multiples, out, row, column, rows, K, words, levels, steps, PARTS, STEPPED, True)
+        _send(held, low, unit, multiples, out, row, column, rows, K, words, levels, steps, PARTS, STEPPED, BLOCK, True)
     else:
-        _send(held, low, unit, multiples, out, row, column, rows, K, words, levels, steps, PARTS, STEPPED, False)
+        _send(held, low, unit, multiples, out, row, column, rows, K, words, levels, steps, PARTS, STEPPED, BLOCK, False)
 
 
 @triton.jit
 def _send(held, low, unit, multiples, out, row, column, rows, K, words, levels, steps, PARTS: tl.constexpr,
-          STEPPED: tl.constexpr, CUT: tl.constexpr):  # fmt: skip
+          STEPPED: tl.constexpr, BLOCK: tl.constexpr, CUT: tl.constexpr):  # fmt: skip
     """Write codes of ``held``, a tuple, by the tables of each part, and the unit."""
-    CHUNKS: tl.constexpr = len(held)
-    BLOCK: tl.constexpr = column.numel
     for part in tl.static_range(PARTS):
         line = out + (part * rows + row).to(tl.int64) * words
-        for chunk in tl.static_range(CHUNKS):
-            exists = within(column, K, chunk, CHUNKS)
+        for chunk in tl.static_range(len(held)):
+            exists = within(column, K, chunk, len(held))
             times = unit * 0.0 + 1.0
             if STEPPED:
                 times = tl.load(pick(multiples, part) + chunk * BLOCK + column, exists, other=1.0)
