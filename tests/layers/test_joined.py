@@ -292,7 +292,7 @@ def test_a_compiled_prompt(steps):
         caches.append([found.past_key_values.layers[0].keys, found.past_key_values.layers[0].values])
     apart, whole = seen
     assert apart["gif_linear"] == 7
-    many = {"row_norm_gif": 2, "row_gated_gif": 1, "row_gif": 1, "row_product": 4, "gif_prompt": 1}
+    many = {"row_norm_gif": 2, "row_gated_gif": 1, "row_gif": 1, "row_product": 4, "gif_prompt": 1, "mask_tiles": 1}
     assert whole == many
     for before, after in zip(*caches, strict=True):
         assert after.shape == before.shape

@@ -115,7 +115,9 @@ def test_rotated_queries_have_the_codes_of_the_neuron(size, dtype):
 @torch.no_grad()
 def test_a_prompt_is_turned_and_encoded_on_the_way(length, size, heads, groups, steps, dtype):
     from spikeform.layers.triton.attention import gif_attention
-    from spikeform.layers.triton.prompt import gif_prompt
+    from spikeform.layers.triton.operands import padded
+    from spikeform.layers.triton.prefill import form_of
+    from spikeform.layers.triton.prompt import gif_prompt, mask_tiles
     from spikeform.neurons.triton.gif import gif_pack
 
     case = Case(length, length, size, heads, groups, dtype)
@@ -130,7 +132,10 @@ def test_a_prompt_is_turned_and_encoded_on_the_way(length, size, heads, groups, 
     flat = [x for table in tables for x in table]
     wanted = gif_attention(query, *packed, case.mask, case.scaling, None, *flat, *last)
     multiples = [x for table in tables for x in table[1:]]
-    found, *caches = gif_prompt(case.q, case.k, case.v, *turn, case.mask, case.scaling, *multiples, *last)
+    known = mask_tiles(case.mask, length, *form_of(length, padded(size), False)[:2])
+    given = case.q, case.k, case.v, *turn, case.mask, case.scaling, *multiples, *last
+    found, *caches = gif_prompt(*given)
+    assert torch.equal(gif_prompt(*given, *known)[0], found)
     assert all(torch.equal(a, b) for a, b in zip(caches, packed, strict=True))
     assert torch.equal(found, wanted)
 

@@ -55,6 +55,27 @@ def test_codes_are_those_of_the_neuron(rows, width, steps, dtype):
 
 @fused
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_rows_whose_codes_are_cut(dtype):
+    """The ends of a row are halves of a channel's unit, or the unit is the largest there is; and rows beside these."""
+    from spikeform.neurons.triton.gif import gif_integers
+    from spikeform.synapses.triton.row import row_gif
+
+    x = random(1, 5, 1088, dtype=dtype)
+    x[:, 1] = (torch.arange(1088) % 31 - 11).to(x)  # the unit is 1
+    x[:, 2] = 40 * x[:, 2].abs().clamp(max=1e4) * 1e6 * (1 - 2 * (torch.arange(1088) % 3 == 0).to(x))
+    x[:, 3, :2] = torch.tensor([-3.5, 11.5]).to(x)
+    multiple = multiples_of(1088, 2)[1]
+    (codes,), (units,) = taken(row_gif(x, [multiple], 15, 2, False), 1, 1088)
+    wanted, wanted_unit = gif_integers(x, multiple, multiple, 15, 2)
+    exact = (x[0] / wanted_unit[0] / multiple).round() * multiple
+    assert (exact[1] - codes[1]).abs().max() == 2
+    assert float(units[2]) == 5e3
+    assert torch.equal(codes, wanted[0])
+    assert torch.equal(units, wanted_unit[0, :, 0])
+
+
+@fused
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("rows", "width"), [(5, 1088), (3, 5200)])
 def test_codes_of_what_is_made(rows, width, dtype):
     from spikeform.synapses.triton.produced_gif import row_gated_gif, row_norm_gif

@@ -55,12 +55,27 @@ def _prompt(q: Tensor, k: Tensor, v: Tensor, *_) -> tuple[Tensor, Tensor, Tensor
     return _context(q), k.new_empty(packed, dtype=torch.int8), v.new_empty(packed, dtype=torch.int8)
 
 
+def _tiles(mask: Tensor, length: int, rows: int, keys: int) -> tuple[Tensor, Tensor]:
+    batch, heads = (n if stride else 1 for n, stride in zip(mask.shape[:2], mask.stride()[:2], strict=True))
+    down, across = -(-length // rows), -(-length // keys)
+    flags = mask.new_empty((batch, heads, down, across), dtype=torch.int8)
+    return flags, mask.new_empty((batch, heads, across * -(-keys // 32), down * rows), dtype=torch.int32)
+
+
+# What a mask of L queries and as many keys does to tiles of so many rows and keys: a flag of each, and a bit of each
+# place. All layers that have the mask may have these.
+mask_tiles = define(
+    "mask_tiles(Tensor mask, int length, int rows, int keys) -> (Tensor, Tensor)",
+    _tiles,
+    *["spikeform.layers.triton.prompt:mask_tiles"] * 2,
+)
 # The same of keys and values that are all there are, real [B, G, L, E], queries and keys of which are turned by cos and
-# sin [B or 1, 1, L, E] first (rotary embedding by halves); and what the neurons pack of keys and values.
+# sin [B or 1, 1, L, E] first (rotary embedding by halves); and what the neurons pack of keys and values. flags, bits:
+# of mask_tiles, where they are known.
 gif_prompt = define(
     "gif_prompt(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? mask, float scaling, Tensor q_multiple,"
-    " int q_steps, Tensor k_multiple, int k_steps, Tensor v_multiple, int v_steps, int levels, int peak)"
-    " -> (Tensor, Tensor, Tensor)",
+    " int q_steps, Tensor k_multiple, int k_steps, Tensor v_multiple, int v_steps, int levels, int peak,"
+    " Tensor? flags=None, Tensor? bits=None) -> (Tensor, Tensor, Tensor)",
     _prompt,
     *["spikeform.layers.triton.prompt:gif_prompt"] * 2,
 )

@@ -21,9 +21,10 @@ CLONE = torch.ops.aten.clone.default
 
 def join_prompts(graph: Graph) -> None:
     """One operator for each attention of GIF neurons on keys that no cache held before."""
+    looked: dict[tuple, list[Node]] = {}
     for node in list(graph.nodes):
         if node.target is OPS.gif_attention.default:
-            _join(graph, node)
+            _join(graph, node, looked)
 
 
 def _packed(node: Any, attention: Node) -> Node | None:
@@ -33,7 +34,21 @@ def _packed(node: Any, attention: Node) -> Node | None:
     return pack if pack.target is OPS.gif_pack.default and set(node.users) == {attention, *ends} else None
 
 
-def _join(graph: Graph, attention: Node) -> None:
+def _tiles(graph: Graph, mask: Node | None, length: int, size: int, looked: dict[tuple, list[Node]]) -> list[Node]:
+    """What a mask does to tiles of such an attention, found once in a graph: see ``mask_tiles``."""
+    if mask is None:
+        return []
+    from spikeform.layers.triton.operands import padded  # Triton, which only a GPU has for certain
+    from spikeform.layers.triton.prefill import form_of
+
+    form = form_of(length, padded(size), False)
+    if (mask, length, form) not in looked:
+        made = call(graph, OPS.mask_tiles.default, (mask, length, form.rows, form.keys))
+        looked[mask, length, form] = [call(graph, getitem, (made, i)) for i in range(2)]
+    return looked[mask, length, form]
+
+
+def _join(graph: Graph, attention: Node, looked: dict[tuple, list[Node]]) -> None:
     query, keys, values, mask, scaling, signs, _, q_multiple, q_steps, *rest = attention.args
     if signs is not None or keys is values or len(query.users) > 1:
         return
@@ -55,7 +70,9 @@ def _join(graph: Graph, attention: Node) -> None:
     given = turned.x, turned_key.x, packs[1].args[0], turned.cos, turned.sin, mask, scaling
     tables = q_multiple, q_steps, k_multiple, k_steps, v_multiple, v_steps, *rest[-2:]
     with graph.inserting_before(attention):
-        outs = call(graph, OPS.gif_prompt.default, (*given, *tables))
+        outs = call(
+            graph, OPS.gif_prompt.default, (*given, *tables, *_tiles(graph, mask, q.shape[2], q.shape[3], looked))
+        )
         parts = [call(graph, getitem, (outs, i)) for i in range(3)]
     attention.replace_all_uses_with(parts[0])
     graph.erase_node(attention)

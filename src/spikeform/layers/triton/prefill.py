@@ -103,12 +103,16 @@ def attend_integers(
     size: int,
     out: Tensor,
     form: Form,
+    seen: tiles.Looked | None = None,
 ) -> None:
-    """:func:`attend` of GIF populations, on what :func:`~.tiles.unpack` makes of keys and values, S of them."""
+    """:func:`attend` of GIF populations, on what :func:`~.tiles.unpack` makes of keys and values, S of them.
+
+    ``seen``: what the mask does to each tile of this form, where that is known.
+    """
     batch, length, heads, _ = out.shape
     (dense_keys, key_units), (dense_values, value_units) = k, v
     groups, span = key_units.shape[-2:]
-    seen = tiles.look(mask, length, keys, form.rows, form.keys, out.device)
+    seen = seen or tiles.look(mask, length, keys, form.rows, form.keys, out.device)
     tops = torch.empty((batch, heads, length), dtype=torch.float32, device=out.device)
     grid = batch * heads, cdiv(length, form.rows)
     known = (

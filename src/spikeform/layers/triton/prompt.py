@@ -11,9 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spikeform.layers.triton import tiles
 from spikeform.layers.triton.operands import Mask, cdiv, dense, padded, pow2
 from spikeform.layers.triton.prefill import attend_integers, form_of, span_of
-from spikeform.neurons.triton.codes import gif_integer, gif_unit, inverse_power, rounded, to_integer
+from spikeform.neurons.triton.codes import (
+    WHOLE,
+    gif_byte,
+    gif_sent,
+    gif_unit,
+    greater,
+    last_byte,
+    lesser,
+    rounded,
+    widened,
+)
 from spikeform.neurons.triton.gif import UNIT_BYTES
 from spikeform.synapses.triton.launch import meta
 from spikeform.synapses.triton.operands import await_inputs, pick, release
@@ -74,19 +85,25 @@ def _encode(
     sin1 = tl.load(across + SIZE // 2, turned, other=0.0).to(tl.float32)
     of, most = pick(heads, which), pick(steps, which)
     long = tl.where(which == 0, length, span)
+    live = (row < length) & inside
+    x = pick(given, which) + batch * pick(given_b, which) + row.to(tl.int64) * pick(given_l, which) + e
+    x += first.to(tl.int64) * pick(given_h, which)
+    real = x.dtype.element_ty
+    place, there = row * E + e, (row < long) & inside
+    next0, next1 = tl.load(x, live, other=0.0), tl.load(x + SIZE // 2, live, other=0.0)
     for i in range(tl.minimum(HEADS, of - first)):
         head = first + i
-        x = pick(given, which) + batch * pick(given_b, which) + head.to(tl.int64) * pick(given_h, which)
-        x += row.to(tl.int64) * pick(given_l, which) + e
-        real = x.dtype.element_ty
-        live = (row < length) & inside
-        a = tl.load(x, live, other=0.0).to(tl.float32)
-        b = tl.load(x + SIZE // 2, live, other=0.0).to(tl.float32)
-        v0 = rounded(a * cos0, real).to(tl.float32) - rounded(b * sin0, real).to(tl.float32)
-        v1 = rounded(b * cos1, real).to(tl.float32) + rounded(a * sin1, real).to(tl.float32)
-        v0, v1 = rounded(v0, real).to(tl.float32), rounded(v1, real).to(tl.float32)
-        low = tl.minimum(tl.min(tl.minimum(v0, v1), 1, keep_dims=True), 0.0)
-        high = tl.maximum(tl.max(tl.maximum(v0, v1), 1, keep_dims=True), 0.0)
+        v0, v1 = next0, next1
+        x += pick(given_h, which)
+        more = live & (i + 1 < tl.minimum(HEADS, of - first))
+        next0, next1 = tl.load(x, more, other=0.0), tl.load(x + SIZE // 2, more, other=0.0)
+        if which < VALUES:
+            a, b = v0.to(tl.float32), v1.to(tl.float32)  # of bf16 all this is done with pairs
+            turned0 = rounded(a * cos0, real).to(tl.float32) - rounded(b * sin0, real).to(tl.float32)
+            turned1 = rounded(b * cos1, real).to(tl.float32) + rounded(a * sin1, real).to(tl.float32)
+            v0, v1 = rounded(turned0, real), rounded(turned1, real)
+        low = tl.minimum(tl.min(widened(lesser(v0, v1)), 1, keep_dims=True), 0.0)
+        high = tl.maximum(tl.max(widened(greater(v0, v1)), 1, keep_dims=True), 0.0)
         unit = gif_unit(low, high, levels, most)
         pair = batch * of + head
         times0, times1 = unit * 0.0 + 1.0, unit * 0.0 + 1.0
@@ -94,23 +111,33 @@ def _encode(
             table = pick(tables, which) + head * pick(table_h, which) + e
             times0 = tl.load(table, inside, other=1.0)
             times1 = tl.load(table + SIZE // 2, inside, other=1.0)
-        code0 = gif_integer(v0, low, unit, times0, levels, most)
-        code1 = gif_integer(v1, low, unit, times1, levels, most)
-        place, there = (pair * long + row) * E + e, (row < long) & inside
-        matrix = pick(codes, tl.minimum(which, 1)) + place
-        tl.store(matrix, to_integer(code0, tl.int8), there & (which < VALUES))
-        tl.store(matrix + SIZE // 2, to_integer(code1, tl.int8), there & (which < VALUES))
-        tl.store(values + place, rounded(code0, values.dtype.element_ty), there & (which == VALUES))
-        tl.store(values + place + SIZE // 2, rounded(code1, values.dtype.element_ty), there & (which == VALUES))
-        tl.store(query_units + pair * length + row, unit, (row < length) & (which == 0))
-        own = pick(units, kept) + pair * span + row
-        tl.store(own, unit, (row < span) & (which > 0))
-        tl.store(own + plane, tl.log2(unit), (row < span) & (which > 0))
-        line = pick(packed, kept) + (pair * length + row) * (SIZE + UNIT_BYTES)
-        tl.store(line + e, to_integer(code0 * inverse_power(times0), tl.int8), live & (which > 0))
-        tl.store(line + SIZE // 2 + e, to_integer(code1 * inverse_power(times1), tl.int8), live & (which > 0))
-        bits = unit.to(tl.int32, bitcast=True)
-        tl.store((line + SIZE).to(tl.pointer_type(tl.int32)), bits, (row < length) & (which > 0))
+        sent0 = gif_sent(widened(v0), low, unit, times0, levels, most)
+        sent1 = gif_sent(widened(v1), low, unit, times1, levels, most)
+        if which < VALUES:
+            matrix = pick(codes, which) + pair * long * E + place
+            tl.store(matrix, gif_byte(sent0, times0), there)
+            tl.store(matrix + SIZE // 2, gif_byte(sent1, times1), there)
+        else:
+            value = values + pair * long * E + place
+            tl.store(value, rounded(sent0 - times0 * WHOLE, values.dtype.element_ty), there)
+            tl.store(value + SIZE // 2, rounded(sent1 - times1 * WHOLE, values.dtype.element_ty), there)
+        if which == 0:
+            tl.store(query_units + pair * length + row, unit, row < length)
+        else:
+            own = pick(units, kept) + pair * span + row
+            tl.store(own, unit, row < span)
+            tl.store(own + plane, tl.log2(unit), row < span)
+            line = pick(packed, kept) + pair * length * (SIZE + UNIT_BYTES) + row * (SIZE + UNIT_BYTES)
+            tl.store(line + e, last_byte(sent0), live)
+            tl.store(line + SIZE // 2 + e, last_byte(sent1), live)
+            bits = unit.to(tl.int32, bitcast=True)
+            tl.store((line + SIZE).to(tl.pointer_type(tl.int32)), bits, row < length)
+
+
+def mask_tiles(mask: Tensor, length: int, rows: int, keys: int) -> tuple[Tensor, Tensor]:
+    """See :mod:`spikeform.layers.fused`."""
+    values = Mask.of(mask, mask.shape[0], mask.shape[1], length, length)
+    return tiles.look(values, length, length, rows, keys, mask.device)[:2]
 
 
 def gif_prompt(
@@ -129,6 +156,8 @@ def gif_prompt(
     v_steps: int,
     levels: int,
     peak: int,
+    flags: Tensor | None = None,
+    bits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :mod:`spikeform.layers.fused`."""
     (batch, heads, length, size), groups, device = q.shape, k.shape[1], q.device
@@ -180,7 +209,8 @@ def gif_prompt(
             ),
         )
         out = torch.empty((batch, length, heads, size), dtype=q.dtype, device=device)
-        seen = Mask.of(mask, batch, heads, length, length)
+        hidden = Mask.of(mask, batch, heads, length, length)
+        seen = None if flags is None else tiles.Looked.of(flags, bits)
         k_matrix, v_matrix = (codes[1], units[0]), (values, units[1])
-        attend_integers(codes[0], query_units, k_matrix, v_matrix, length, seen, scaling, peak, size, out, form)
+        attend_integers(codes[0], query_units, k_matrix, v_matrix, length, hidden, scaling, peak, size, out, form, seen)
     return out, packed[0], packed[1]

@@ -118,6 +118,12 @@ class Looked(NamedTuple):
     batch: int
     head: int
 
+    @classmethod
+    def of(cls, flags: Tensor, bits: Tensor) -> Looked:
+        """What :func:`look` made, from its tensors."""
+        batch, heads = flags.shape[:2]
+        return cls(flags, bits, flags.stride(0) if batch > 1 else 0, flags.stride(1) if heads > 1 else 0)
+
 
 def look(mask: Mask, length: int, keys: int, high: int, wide: int, device: torch.device) -> Looked:
     """What a mask does to each tile.
@@ -133,15 +139,14 @@ def look(mask: Mask, length: int, keys: int, high: int, wide: int, device: torch
     rows, columns = cdiv(length, high), cdiv(keys, wide)
     if mask.values is None:
         flags = torch.empty((1, 1, rows, columns), dtype=torch.int8, device=device)
-        return Looked(flags, flags, 0, 0)
+        return Looked.of(flags, flags)
     batch, heads = (n if stride else 1 for n, stride in zip(mask.values.shape, mask.places[:2], strict=False))
     flags = torch.empty((batch, heads, rows, columns), dtype=torch.int8, device=device)
     words = columns * cdiv(wide, WORD.value)
     bits = torch.empty((batch, heads, words, rows * high), dtype=torch.int32, device=device)
     grid = (columns, rows, batch * heads)
     run(_look, grid, mask.values, flags, bits, length, keys, heads, *mask.places, mask.least, M=high, N=wide)
-    tiles = rows * columns
-    return Looked(flags, bits, tiles * heads if batch > 1 else 0, tiles if heads > 1 else 0)
+    return Looked.of(flags, bits)
 
 
 @triton.jit

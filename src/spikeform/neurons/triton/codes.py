@@ -32,7 +32,10 @@ def round_even(v):
 @triton.jit
 def inverse(unit):
     """``1 / unit``, correctly rounded: what :func:`quotient` wants, computed once a unit."""
-    return tl.div_rn(1.0, unit)
+    if INTERPRETED:
+        return tl.div_rn(1.0, unit)
+    else:
+        return libdevice.rcp_rn(unit)  # half the instructions of a quotient
 
 
 @triton.jit
@@ -42,6 +45,36 @@ def times(a, b):
         return a * b
     else:
         return libdevice.mul_rn(a, b)
+
+
+@triton.jit
+def widened(x):
+    """``x`` as fp32: of bf16 two pairs of bytes at once, an instruction for each number."""
+    if INTERPRETED or x.dtype != tl.bfloat16:
+        return x.to(tl.float32)
+    else:
+        bits = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], tl.int32, True, 2
+        )
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def lesser(a, b):
+    """The lesser of each two, of any real dtype: of bf16 two pairs at once."""
+    if INTERPRETED or a.dtype != tl.bfloat16:
+        return tl.minimum(a, b).to(a.dtype)
+    else:
+        return tl.inline_asm_elementwise("min.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.bfloat16, True, 2)
+
+
+@triton.jit
+def greater(a, b):
+    """The greater of each two, likewise."""
+    if INTERPRETED or a.dtype != tl.bfloat16:
+        return tl.maximum(a, b).to(a.dtype)
+    else:
+        return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.bfloat16, True, 2)
 
 
 @triton.jit
@@ -225,9 +258,61 @@ def gif_unit(low, high, levels, steps):
         levels: L.
         steps: T of the longest sub-neuron, a power of two.
     """
-    unit = tl.div_rn(high - low, levels * 1.0)
+    span = tl.minimum(high - low, levels * (LARGEST_UNIT * 2.0))  # finite, and the unit is the largest all the same
+    unit = quotient(span, levels * 1.0, tl.div_rn(1.0, levels * 1.0))
     unit = tl.minimum(tl.maximum(unit, LEAST_UNIT), LARGEST_UNIT)
-    return tl.div_rn(unit, steps * 1.0)
+    return unit * inverse_power(unit * 0.0 + steps)
+
+
+@triton.jit
+def gif_sent(v, low, unit, multiple, levels, steps, CUT: tl.constexpr = YES):
+    """:func:`gif_integer` plus ``multiple WHOLE``: in its last bits is the channel's own code, byte by byte.
+
+    Args:
+        v: As there, and so on.
+        low: As there.
+        unit: As there.
+        multiple: As there.
+        levels: As there.
+        steps: As there.
+        CUT: Whether some codes of the row may be beyond those there are: see :func:`gif_saturates`.
+    """
+    inverse_unit = inverse(unit)
+    # A channel of T steps has codes up to T L, each worth ``multiple``: ``peak`` in common units, whatever T is. And
+    # rounding to a multiple of a power of two is :func:`round_even` with as many times the constant, which is taken
+    # off last: so far all numbers but quotients are whole, and what is least, minus the zero-point, needs no look.
+    code = quotient(v, unit, inverse_unit)
+    if CUT:
+        whole, peak = multiple * WHOLE, levels * steps * 1.0
+        least = tl.maximum(quotient(low, unit, inverse_unit), peak * -1.0)
+        return tl.minimum(tl.maximum(code, peak * -1.0) + whole, (least + whole) + peak)
+    else:
+        return _wholes(multiple, code)
+
+
+@triton.jit
+def gif_saturates(low, high, unit, levels, steps):
+    """Whether any code of a row is beyond those there are, before it is cut: int32, in the shape of ``unit``.
+
+    Few rows are so. Their range is the unit's ``levels steps`` times, and its ends have the same fraction: it takes one
+    that is half of a channel's own unit, or a unit at its limit.
+
+    Args:
+        low: As :func:`gif_unit` takes it.
+        high: Likewise.
+        unit: The common unit.
+        levels: L.
+        steps: T of the longest sub-neuron, a power of two; a channel's may be any that divides it.
+    """
+    inverse_unit, peak = inverse(unit), levels * steps * 1.0
+    first, last = quotient(low, unit, inverse_unit), quotient(high, unit, inverse_unit)
+    least = tl.maximum(first, peak * -1.0)
+    whole, found = unit * 0.0 + WHOLE, unit < 0.0
+    power = unit * 0.0 + steps
+    for _ in range(tl.max(power.to(tl.int32, bitcast=True) >> 23) - 126):
+        found |= ((last + whole) > (least + whole) + peak) | ((first + whole) < whole - peak)
+        whole += whole
+    return found.to(tl.int32)
 
 
 @triton.jit
@@ -242,15 +327,28 @@ def gif_integer(v, low, unit, multiple, levels, steps):
         levels: L.
         steps: As above.
     """
-    inverse_unit = inverse(unit)
-    # A channel of T steps has codes up to T L, each worth ``multiple``: ``peak`` in common units, whatever T is. And
-    # rounding to a multiple of a power of two is :func:`round_even` with as many times the constant, which is taken
-    # off last: so far all numbers but quotients are whole, and what is least, minus the zero-point, needs no look.
-    peak = levels * steps * 1.0
-    whole = multiple * WHOLE
-    least = tl.maximum(quotient(low, unit, inverse_unit), peak * -1.0)
-    code = tl.maximum(quotient(v, unit, inverse_unit), peak * -1.0) + whole
-    return tl.minimum(code, (least + whole) + peak) - whole
+    return gif_sent(v, low, unit, multiple, levels, steps) - multiple * WHOLE
+
+
+@triton.jit
+def gif_byte(sent, multiple):
+    """The integer of :func:`gif_integer` as int8, from what :func:`gif_sent` gives."""
+    return last_byte(_wholes(1.0 - multiple, sent))
+
+
+@triton.jit
+def _wholes(times, x):
+    """``times WHOLE + x``: so many are exact, whether or not they are fused into the sum."""
+    if INTERPRETED:
+        return times * WHOLE + x
+    else:
+        return tl.fma(times, WHOLE, x)
+
+
+@triton.jit
+def last_byte(x):
+    """The last byte of fp32 ``x``: of an integer plus ``WHOLE`` times a power of two, how often it has that; int8."""
+    return x.to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit

@@ -16,15 +16,27 @@ import triton.language as tl
 from torch import Tensor
 
 from spikeform.neurons.triton.codes import function as function_of
-from spikeform.neurons.triton.codes import gif_integer, gif_unit, inverse_sqrt, rounded, to_integer
-from spikeform.neurons.triton.tiles import chunks, within
+from spikeform.neurons.triton.codes import (
+    gif_byte,
+    gif_saturates,
+    gif_sent,
+    gif_unit,
+    greater,
+    inverse_sqrt,
+    lesser,
+    rounded,
+    widened,
+)
+from spikeform.neurons.triton.tiles import Chunks, within
 from spikeform.synapses.rows import words_of_gif
 from spikeform.synapses.triton.hopper import scaled_products
 from spikeform.synapses.triton.launch import cdiv, meta
 from spikeform.synapses.triton.operands import await_inputs, pick, release
 
 GIVEN, NORM, GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-ELEMENTS, WARPS = 8192, 8  # of a program: two rows of a 7B model, so that several programs share a multiprocessor
+# Of a program: a row of a 7B model, so that several share a multiprocessor. A thread has four neighbours of a piece:
+# with more, codes or tables would change places among threads.
+ELEMENTS, WARPS, PIECE = 4096, 4, 512
 FEW = 256  # rows up to which a program has one of them: there are processors for all
 
 
@@ -62,36 +74,46 @@ def _rows(
         given = tl.load(first + at + chunk * BLOCK, live, other=0.0)
         if KIND == GATE:
             other = tl.load(second + at + chunk * BLOCK, live, other=0.0)
-            made = rounded(function_of(given.to(tl.float32), NAME), dtype).to(tl.float32) * other.to(tl.float32)
+            made = rounded(function_of(widened(given), NAME), dtype).to(tl.float32) * other.to(tl.float32)
             given = rounded(made, dtype)
         held = held + (given,)
     if KIND == NORM:
         squares = tl.zeros((HIGH, BLOCK), tl.float32)
         for chunk in tl.static_range(CHUNKS):
-            squares += held[chunk].to(tl.float32) * held[chunk].to(tl.float32)
+            squares += widened(held[chunk]) * widened(held[chunk])
         scale = inverse_sqrt(tl.div_rn(tl.sum(squares, 1, keep_dims=True), K * 1.0) + eps)
         normed = ()
         for chunk in tl.static_range(CHUNKS):
             gain = tl.load(second + chunk * BLOCK + column, within(column, K, chunk, CHUNKS), other=0.0)
-            made = rounded(held[chunk].to(tl.float32) * scale, dtype).to(tl.float32) * gain.to(tl.float32)
+            made = rounded(widened(held[chunk]) * scale, dtype).to(tl.float32) * gain.to(tl.float32)
             normed = normed + (rounded(made, dtype),)
         held = normed
-    low = tl.zeros((HIGH, BLOCK), tl.float32)
-    high = low
-    for chunk in tl.static_range(CHUNKS):
-        low, high = tl.minimum(low, held[chunk].to(tl.float32)), tl.maximum(high, held[chunk].to(tl.float32))
-    low, high = tl.min(low, 1, keep_dims=True), tl.max(high, 1, keep_dims=True)
+    least, most = held[0], held[0]
+    for chunk in tl.static_range(1, CHUNKS):
+        least, most = lesser(least, held[chunk]), greater(most, held[chunk])
+    low = tl.minimum(tl.min(widened(least), 1, keep_dims=True), 0.0)
+    high = tl.maximum(tl.max(widened(most), 1, keep_dims=True), 0.0)
     unit = gif_unit(low, high, levels, steps)
+    if tl.max(gif_saturates(low, high, unit, levels, steps)) == 1:
+        _send(held, low, unit, multiples, out, row, column, rows, K, words, levels, steps, PARTS, STEPPED, BLOCK, True)
+    else:
+        _send(held, low, unit, multiples, out, row, column, rows, K, words, levels, steps, PARTS, STEPPED, BLOCK, False)
+
+
+@triton.jit
+def _send(held, low, unit, multiples, out, row, column, rows, K, words, levels, steps, PARTS: tl.constexpr,
+          STEPPED: tl.constexpr, BLOCK: tl.constexpr, CUT: tl.constexpr):  # fmt: skip
+    """Write codes of ``held``, a tuple, by the tables of each part, and the unit."""
     for part in tl.static_range(PARTS):
         line = out + (part * rows + row).to(tl.int64) * words
-        for chunk in tl.static_range(CHUNKS):
-            exists = within(column, K, chunk, CHUNKS)
+        for chunk in tl.static_range(len(held)):
+            exists = within(column, K, chunk, len(held))
             times = unit * 0.0 + 1.0
             if STEPPED:
                 times = tl.load(pick(multiples, part) + chunk * BLOCK + column, exists, other=1.0)
-            code = gif_integer(held[chunk].to(tl.float32), low, unit, times, levels, steps)
+            sent = gif_sent(widened(held[chunk]), low, unit, times, levels, steps, CUT)
             place = line.to(tl.pointer_type(tl.int8)) + chunk * BLOCK + column
-            tl.store(place, to_integer(code, tl.int8), (row < rows) & exists)
+            tl.store(place, gif_byte(sent, times), (row < rows) & exists)
         tl.store(line + K // 4, unit.to(tl.int32, bitcast=True), row < rows)
 
 
@@ -122,7 +144,8 @@ def encode_rows(
         int32 ``[P M, words]``, M the number of rows: see :mod:`spikeform.synapses.rows`.
     """
     first, width = first.contiguous(), first.shape[-1]
-    rows, words, pieces = first.numel() // width, words_of_gif(width), chunks(width)
+    rows, words, block = first.numel() // width, words_of_gif(width), min(triton.next_power_of_2(width), PIECE)
+    pieces = Chunks(block, cdiv(width, block))
     out = torch.empty((len(multiples) * rows, words), dtype=torch.int32, device=first.device)
     held = pieces.block * pieces.count
     high = 1 if rows <= FEW else max(1, 1 << (max(ELEMENTS // held, 1).bit_length() - 1))
