@@ -231,9 +231,9 @@ def test_a_residual_that_a_norm_sees_flat():
     pasts = [StaticCache(config=model.config, max_cache_len=12) for _ in range(2)]
     for past in pasts:
         model(input_ids=ids[:1, :5].to(DEVICE), past_key_values=past)
-    place = torch.tensor([[5]], device=DEVICE)
+    place, seen_by = torch.tensor([[5]], device=DEVICE), torch.ones(1, 12, dtype=torch.int64, device=DEVICE)
     wanted, found = (
-        run(input_ids=ids[:1, 5:6].to(DEVICE), position_ids=place, past_key_values=past).logits
+        run(ids[:1, 5:6].to(DEVICE), seen_by, position_ids=place, past_key_values=past).logits
         for run, past in zip((model, step), pasts, strict=True)
     )
     assert seen == [[False, True, False, True] * 2]  # q, k, v; o; up; down

@@ -105,4 +105,4 @@ def event_share(element: str, size: int, inner: int, rows: int) -> Share:
     piece = max(16, next_power(size // (3 * MULTIPROCESSORS // 4) + 1) // 2)  # programs: all there at once, few idle
     threads = 256 if rows > 1 and element == "int4" else 512
     slots = min(threads * 16 // piece, next_power(cdiv(inner, 8)))  # a run of channels at least for each
-    return Share(piece, max(1, slots), max(2, 8 // rows))
+    return Share(piece, max(1, slots), max(2, (4 if element == "int4" else 8) // rows))
