@@ -15,6 +15,7 @@ from spikeform.layers import CodedLinear, SpikingLinear
 from spikeform.synapses.integer import IntegerWeight
 
 BITS, _PEAK = 8, 127
+ROWS = 1024  # coded at once: in fp32 a weight is twice as large as in bf16, and there are two of it
 
 Prepare = Callable[[PreTrainedModel, Any], ConversionReport]
 
@@ -25,15 +26,18 @@ def row_codes(weight: Tensor) -> IntegerWeight:
     Raises:
         ValueError: The weight is not finite.
     """
-    weight = weight.detach().float()
-    if not bool(weight.isfinite().all()):
-        raise ValueError("a weight to be coded is not finite: check the dense model's weights")
-    largest = weight.abs().amax(1)
-    scale = largest / _PEAK
-    scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
-    codes = (weight / scale[:, None]).round_().clamp_(-_PEAK, _PEAK).to(torch.int8)
+    coded = [_coded(rows.float()) for rows in weight.detach().split(ROWS)]
+    codes, scale = (torch.cat(parts) for parts in zip(*coded, strict=True))
     zero = torch.full((1, len(weight)), _PEAK + 1, dtype=torch.int16, device=weight.device)
     return IntegerWeight(codes, scale[None], zero, None, bits=BITS)
+
+
+def _coded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    if not bool(weight.isfinite().all()):
+        raise ValueError("a weight to be coded is not finite: check the dense model's weights")
+    scale = weight.abs().amax(1) / _PEAK
+    scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
+    return (weight / scale[:, None]).round_().clamp_(-_PEAK, _PEAK).to(torch.int8), scale
 
 
 def code_rows(model: PreTrainedModel, names: Iterable[str]) -> None:
