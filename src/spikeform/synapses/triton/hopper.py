@@ -1,4 +1,4 @@
-# pyrefly: ignore-errors (Gluon's functions are typed as what they are inside a kernel)
+# pyrefly: ignore-errors
 """Many rows of int8 codes on Hopper: matrix instructions that overlap, which Triton's own products of int8 do not.
 
 ``tl.dot`` of int8 waits for the tensor cores after every step, and so does the library that PyTorch asks; here a step
