@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from decoding import backend, converted, decoded
 from spikeform import native
@@ -52,6 +53,21 @@ def test_a_compiled_step(threads, method, settings, dtype):
     else:
         assert (logits - found).abs().max() <= logits.abs().max() * (1e-5 if dtype == torch.float32 else 2**-6)
         assert (keys != own_keys).float().mean() < 0.01
+
+
+@torch.no_grad()
+def test_a_full_cache_is_an_error():
+    model = converted("LAS", "cpu", steps=7)
+    past = StaticCache(config=model.config, max_cache_len=6)
+    ids = torch.arange(5)[None]
+    model(input_ids=ids, past_key_values=past)
+    torch.compiler.reset()
+    step = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=backend(True, []))
+    step(input_ids=ids[:, :1], past_key_values=past)
+    before = past.layers[0].keys.clone()
+    with pytest.raises(IndexError, match=r"cache of 6 places.*max_cache_len"):
+        step(input_ids=ids[:, :1], past_key_values=past)
+    assert torch.equal(past.layers[0].keys, before)
 
 
 @torch.no_grad()

@@ -95,6 +95,27 @@ def test_a_token_is_put_and_met(name, together, monkeypatch):
 
 
 @fused
+@pytest.mark.parametrize("together", [True, False], ids=["together", "apart"])
+def test_a_full_cache_is_left_as_it_is(together, monkeypatch):
+    from spikeform.layers.triton import attention, short
+
+    if not together:
+        monkeypatch.setattr(short, "suits", lambda *_: False)
+    case = Step(39, 40, 16, heads=2)
+    case.place += 1
+    for spiking, run, parameters in (
+        (oat_layer(True, "nearest", 8, 8), attention.oat_appended, oat_parameters),
+        (gif_layer(case, 2, False), attention.gif_appended, gif_parameters),
+    ):
+        # The caches begin rooms that go on behind them: what lies there is somebody else's.
+        rooms = [torch.nn.functional.pad(x, (0, 0, 0, 2), value=3) for x in case.caches(spiking)]
+        before = [x.clone() for x in rooms]
+        caches = [x[:, :, :-2] for x in rooms]
+        run(case.q, *caches, case.mask, case.scaling, *parameters(spiking), *case.own())
+        assert all(torch.equal(a, b) for a, b in zip(rooms, before, strict=True))
+
+
+@fused
 def test_rotated_queries_are_met_by_kernels_of_their_own():
     from spikeform.layers.triton import attention
 

@@ -172,7 +172,7 @@ def _append(chain: Chain, gif: bool, q: Node, caches, tables, how, place, key, v
     strides = [value(x).stride(axis) * value(x).element_size() for x in caches for axis in (1, 2)]
     turned = None if cos is None else chain.room(None, value(q).nbytes)
     fields = [gif, REAL[k.dtype], size, k.shape[1], 0 if turned is None else value(q).shape[1]]
-    fields += [*map(chain.strided, caches), chain.place(place), *strides]
+    fields += [*map(chain.strided, caches), chain.place(place), value(caches[0]).shape[2], *strides]
     fields += [chain.strided(key), k.stride(1) * width, chain.strided(value_), v.stride(1) * width]
     fields += [NONE, 0] if turned is None else [chain.strided(q), value(q).stride(1) * width]
     chain.written |= dict.fromkeys(caches)

@@ -38,9 +38,13 @@ def left_by(program: str) -> tuple[torch.dtype, list[int]]:
 
 
 def chain(given: Sequence[Tensor], caches: Sequence[Tensor], program: str) -> Tensor:
-    """Take all steps; ``[n]``, what they leave, one behind the other."""
+    """Take all steps; ``[n]``, what they leave, one behind the other.
+
+    Raises:
+        IndexError: A cache is full. Nothing was done.
+    """
     dtype, sizes, room, count, steps = _read(program)
-    run = function("chain", "piiipi")
+    run = function("chain", "piiipi", "i")
     assert run is not None  # without the library nothing is chained
     out = torch.empty(sum(sizes), dtype=dtype)
     places = array("q", [x.data_ptr() for x in given])
@@ -50,7 +54,9 @@ def chain(given: Sequence[Tensor], caches: Sequence[Tensor], program: str) -> Te
         places.append(at)
         at += size * dtype.itemsize
     address, length = steps.buffer_info()
-    run(address, length, count, room, places.buffer_info()[0], torch.get_num_threads())
+    full = run(address, length, count, room, places.buffer_info()[0], torch.get_num_threads())
+    if full:
+        raise IndexError(f"a token does not fit into a cache of {full} places: make it with a larger max_cache_len")
     return out
 
 

@@ -55,10 +55,10 @@ def put_unit(out, unit, live):
     """Store the four bytes of a unit; ``live``: whether at all, a scalar."""
     byte = tl.arange(0, UNIT_BYTES)
     bits = (byte * 0 + unit.to(tl.int32, bitcast=True)) >> (8 * byte)
-    tl.store(out + byte, bits.to(tl.int8), live & (byte >= 0))
+    tl.store(out + byte, bits.to(tl.int8), live.to(tl.int32) + 0 * byte > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _append(
     given,
     caches,
@@ -78,6 +78,7 @@ def _append(
     cache_b,
     cache_g,
     cache_s,
+    slots,
     OAT: tl.constexpr,
     TWO: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -89,7 +90,7 @@ def _append(
 ):
     """Tuples have an entry for keys and one for values, ``given`` and its places a third for queries where TURN.
 
-    ``limit`` of GIF neurons: levels.
+    ``limit`` of GIF neurons: levels. A token beyond a cache's ``slots`` is left out.
     """
     release(OVERLAP)
     await_inputs(OVERLAP)
@@ -109,7 +110,9 @@ def _append(
             tl.store(out_query + pair.to(tl.int64) * SIZE + e, v.to(out_query.dtype.element_ty), here)
             here = e < 0
     last = tl.minimum(which, 1)
-    token = tl.load(place) * pick(cache_s, last)
+    number = tl.load(place)
+    here = here & (number + 0 * e < slots)
+    token = number * pick(cache_s, last)
     out = pick(caches, last) + batch * pick(cache_b, last) + head * pick(cache_g, last) + token
     table = pick(tables, last)
     if OAT:
@@ -124,7 +127,7 @@ def _append(
             times = tl.load(table + head * SIZE + e, here, other=1.0)
         code = coded_gif(v, low, unit, times, limit, most)
         tl.store(out + e, to_integer(code, tl.int8), here)
-        put_unit(out + SIZE, unit, (batch < batches) & (which < 2))
+        put_unit(out + SIZE, unit, (number < slots) & (batch < batches) & (which < 2))
 
 
 @triton.jit
@@ -209,6 +212,7 @@ def _run(keys, values, place, key, value, tables, limit, resolution, steps, how,
             tuple([x.stride(0) if x.shape[0] > 1 else 0 for x in turn]),
             *[tuple([x.stride(axis) for x in given]) for axis in (0, 1)],
             *[tuple([x.stride(axis) for x in caches]) for axis in (0, 1, 2)],
+            keys.shape[2],
             **meta(SIZE=size, E=pow2(size), TURN=turned is not None, num_warps=1, enable_fp_fusion=False, **how),
         )
     return turned

@@ -243,14 +243,15 @@ def _attend(
         score_own = tl.sum(x * real, 1)
         if not OAT:
             score_own = score_own * of_row * own_key_unit
-        tl.store(scores + rows * SPAN + place, score_own, rows < ROWS)
+        fits = place < keys  # else it is left out; below in vectors, as the interpreter spreads no condition
+        tl.store(scores + rows * SPAN + place, score_own, (place + 0 * rows < keys) & (rows < ROWS))
         to_key = k + place.to(tl.int64) * (k_s * K_WORD)
         to_value = v + place.to(tl.int64) * (v_s * V_WORD)
-        tl.store(to_key + e, own_key.to(k.dtype.element_ty), inside & (part == 0))
-        tl.store(to_value + channel, own_value.to(v.dtype.element_ty), within)
+        tl.store(to_key + e, own_key.to(k.dtype.element_ty), inside & (part + 0 * e == 0) & (place + 0 * e < keys))
+        tl.store(to_value + channel, own_value.to(v.dtype.element_ty), within & (place + 0 * channel < keys))
         if not OAT:
-            put_unit(to_key + SIZE, own_key_unit, part == 0)
-            put_unit(to_value + SIZE, own_value_unit, part == 0)
+            put_unit(to_key + SIZE, own_key_unit, fits & (part == 0))
+            put_unit(to_value + SIZE, own_value_unit, fits & (part == 0))
     tl.debug_barrier()  # scores are read by other lanes than wrote them
 
     bases = ()
@@ -308,7 +309,7 @@ def _attend(
             sums += few.weighted(share, few.value_of(packed, by_value, height, OAT, TWO_V), OAT, HIGH, ROWS)
         of_own = 0.0
         if APPEND:
-            of_own = tl.load(sent + rows * SPAN + place, rows < ROWS, other=0.0)
+            of_own = tl.load(sent + rows * SPAN + place, (place + 0 * rows < keys) & (rows < ROWS), other=0.0)
     if HIGH == 1:
         sums = tl.sum(sums, 0)[None, :]
     if APPEND:

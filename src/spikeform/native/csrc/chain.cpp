@@ -26,7 +26,7 @@ struct ProductStep {
 };
 struct AppendStep {
     int64_t gif, kind, size, groups, heads;            // heads of queries: 0, they are not turned
-    int64_t keys, values, place, key_group, key_token, value_group, value_token;  // caches; strides in bytes
+    int64_t keys, values, place, slots, key_group, key_token, value_group, value_token;  // caches; strides in bytes
     int64_t key, key_stride, value, value_stride, query, query_stride, turned, cos, sin;  // strides in bytes
     int64_t key_table, value_table, limit, resolution, rounding, populations, wide, value_steps;
 };
@@ -185,10 +185,17 @@ void attention(const AttentionStep& s, const Call& call, std::atomic<int64_t>& n
 
 }  // namespace
 
-// steps: all of `length` numbers, `count` of them; room: bytes of its own memory.
-SF_API void spikeform_chain(const int64_t* steps, int64_t length, int64_t count, int64_t room, void* const* given,
-                            int64_t threads) {
+// steps: all of `length` numbers, `count` of them; room: bytes of its own memory. 0; or, where a token is to go into a
+// cache beyond its end, how long that is, and nothing was done.
+SF_API int64_t spikeform_chain(const int64_t* steps, int64_t length, int64_t count, int64_t room, void* const* given,
+                               int64_t threads) {
     const Call call(given, scratch<uint8_t>(8, size_t(room)));
+    for (const int64_t* step = steps; step < steps + length; step += step[1]) {
+        if (step[0] != APPEND) continue;
+        const auto& append = *reinterpret_cast<const AppendStep*>(step + 2);
+        const int64_t token = *call.at<int64_t>(append.place);
+        if (token < 0 || token >= append.slots) return append.slots;
+    }
     std::vector<std::atomic<int64_t>> taken(size_t(count) * 8);  // each on a line of the cache of its own
     for (const int64_t* step = steps; step < steps + length; step += step[1]) {
         if (step[0] != PRODUCT) continue;
@@ -209,6 +216,7 @@ SF_API void spikeform_chain(const int64_t* steps, int64_t length, int64_t count,
 #pragma omp barrier
         }
     }
+    return 0;
 }
 
 // Adds to `count` numbers, each in a place of its own.
