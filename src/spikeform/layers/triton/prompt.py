@@ -78,7 +78,7 @@ def _encode(
     inside = e < SIZE // 2
     along = turn[0] + batch * turn_b[0] + row.to(tl.int64) * turn_l[0] + e
     across = turn[1] + batch * turn_b[1] + row.to(tl.int64) * turn_l[1] + e
-    turned = (row < length) & inside & (which < VALUES)  # values are turned by nothing
+    turned = (row < length) & inside & (which + 0 * row < VALUES)  # values are turned by nothing
     cos0 = tl.load(along, turned, other=1.0).to(tl.float32)
     cos1 = tl.load(along + SIZE // 2, turned, other=1.0).to(tl.float32)
     sin0 = tl.load(across, turned, other=0.0).to(tl.float32)
@@ -95,7 +95,7 @@ def _encode(
         head = first + i
         v0, v1 = next0, next1
         x += pick(given_h, which)
-        more = live & (i + 1 < tl.minimum(HEADS, of - first))
+        more = live & (i + 1 + 0 * row < tl.minimum(HEADS, of - first))
         next0, next1 = tl.load(x, more, other=0.0), tl.load(x + SIZE // 2, more, other=0.0)
         if which < VALUES:
             a, b = v0.to(tl.float32), v1.to(tl.float32)  # of bf16 all this is done with pairs

@@ -63,7 +63,7 @@ def widened(x):
 def lesser(a, b):
     """The lesser of each two, of any real dtype: of bf16 two pairs at once."""
     if INTERPRETED or a.dtype != tl.bfloat16:
-        return tl.minimum(a, b).to(a.dtype)
+        return tl.minimum(a.to(tl.float32), b.to(tl.float32)).to(a.dtype)
     else:
         return tl.inline_asm_elementwise("min.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.bfloat16, True, 2)
 
@@ -72,7 +72,7 @@ def lesser(a, b):
 def greater(a, b):
     """The greater of each two, likewise."""
     if INTERPRETED or a.dtype != tl.bfloat16:
-        return tl.maximum(a, b).to(a.dtype)
+        return tl.maximum(a.to(tl.float32), b.to(tl.float32)).to(a.dtype)
     else:
         return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.bfloat16, True, 2)
 
