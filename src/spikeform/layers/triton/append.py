@@ -58,7 +58,7 @@ def put_unit(out, unit, live):
     tl.store(out + byte, bits.to(tl.int8), live.to(tl.int32) + 0 * byte > 0)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit
 def _append(
     given,
     caches,
